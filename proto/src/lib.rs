@@ -1,0 +1,63 @@
+//! The one contract between krx on the host and its agent in the guest.
+//!
+//! Three kinds of vsock connection exist, each on its own port of the guest:
+//!
+//! * [`port::CONTROL`]: the agent sends one [`Message::Hello`], then the host sends [`Call`]s and the agent
+//!   answers each with a [`Message::Reply`] that carries the call's number. A [`Request::Wait`] is answered when
+//!   the process ends, so replies may come out of order. At boot the agent itself dials the same port of the
+//!   host (CID 2): that connection is the owner's, and its hello means "the guest is ready".
+//! * [`port::STREAM`]: the host sends one [`StreamHello`], after it the connection is the raw byte stream of one
+//!   of a process's standard streams. Half-closing it is end of file.
+//! * [`port::POWER`]: a power button. Connecting to it asks for an orderly power-off; no bytes are exchanged, so
+//!   a VMM that knows nothing of this protocol can press it.
+//!
+//! This crate does no I/O beyond `Read`/`Write` and trusts neither side: every frame has a size cap.
+
+#![forbid(unsafe_code)]
+
+mod frame;
+mod message;
+mod spec;
+
+pub use frame::{FrameError, MAX_FRAME, decode, encode, read_frame, take_frame, write_frame};
+pub use message::{
+    AgentError, Answer, Call, ErrorKind, ExitStatus, GuestInfo, Message, ProcessInfo, ProcessState, Request,
+    Stream, StreamHello,
+};
+pub use spec::{
+    Capabilities, ContainerSpec, Mount, Namespace, ProcessSpec, Rlimit, TerminalSize, User, validate_id,
+};
+
+/// Version of the protocol; both sides must agree exactly, as they are shipped together.
+pub const VERSION: u16 = 1;
+
+/// Vsock ports of the guest. All are below 2^16 and above the privileged range but one.
+pub mod port {
+    /// Orderly power-off on connect.
+    pub const POWER: u32 = 1023;
+    /// Calls and replies.
+    pub const CONTROL: u32 = 1024;
+    /// Standard streams.
+    pub const STREAM: u32 = 1025;
+}
+
+/// x86 I/O ports of the VMM's two pseudo devices; the agent writes one byte to them through `/dev/port`.
+pub mod io_port {
+    /// Boot mark: the byte names the point reached, see [`mark`](super::mark).
+    pub const BOOT_MARK: u16 = 0x510;
+    /// Power-off: any byte ends the VM at once; the guest has synced its file systems before.
+    pub const POWER_OFF: u16 = 0x511;
+}
+
+/// Bytes written to [`io_port::BOOT_MARK`].
+pub mod mark {
+    /// The agent runs as PID 1: the first thing it does.
+    pub const PID1: u8 = 1;
+}
+
+/// Tag of the pod's virtio-fs share.
+pub const SHARE_TAG: &str = "krx";
+/// Where the agent mounts the share in the guest.
+pub const SHARE_PATH: &str = "/run/krx/share";
+/// CID of every guest: vsock ends in its own VMM, so no two guests can meet.
+pub const GUEST_CID: u32 = 3;

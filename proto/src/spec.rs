@@ -1,0 +1,124 @@
+//! What a container is, as the guest needs to know it: the part of an OCI runtime configuration that a micro-VM
+//! honours, already checked by the host. The agent checks again what would hurt it.
+
+use serde::{Deserialize, Serialize};
+
+/// One container. Paths are paths in the guest.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerSpec {
+    /// Names it in all further requests; see [`validate_id`].
+    pub id: String,
+    /// Root file system: a directory of the guest, normally below [`SHARE_PATH`](crate::SHARE_PATH).
+    pub rootfs: String,
+    pub root_readonly: bool,
+    /// Set in the container's own UTS namespace.
+    pub hostname: Option<String>,
+    /// New namespaces the container gets; the others are the guest's. A mount namespace is always new.
+    pub namespaces: Vec<Namespace>,
+    /// In order of mounting.
+    pub mounts: Vec<Mount>,
+    /// Hidden from the container: files by `/dev/null`, directories by an empty read-only tmpfs.
+    pub masked_paths: Vec<String>,
+    pub readonly_paths: Vec<String>,
+    /// Kernel parameters, e.g. `net.ipv4.ip_forward` = `1`.
+    pub sysctls: Vec<(String, String)>,
+    /// The first process.
+    pub process: ProcessSpec,
+}
+
+/// One mount, in OCI's own terms.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// Absolute path in the container.
+    pub destination: String,
+    /// File system type; `bind` for bind mounts.
+    pub kind: String,
+    /// Device, or for bind mounts a path of the guest.
+    pub source: String,
+    /// Options as in `config.json`: flags by name (`ro`, `nosuid`, ...), the rest is the file system's data.
+    pub options: Vec<String>,
+}
+
+/// Namespaces a container can have of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Namespace {
+    Pid,
+    Ipc,
+    Uts,
+    Network,
+    Cgroup,
+}
+
+/// One process of a container.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessSpec {
+    /// Program and arguments; a name without a slash is looked up in the container's `PATH`.
+    pub args: Vec<String>,
+    /// `NAME=value`.
+    pub env: Vec<String>,
+    pub cwd: String,
+    pub user: User,
+    /// `None` leaves the agent's own (all).
+    pub capabilities: Option<Capabilities>,
+    pub rlimits: Vec<Rlimit>,
+    pub no_new_privileges: bool,
+    pub oom_score_adj: Option<i32>,
+    /// A terminal of this size instead of three streams.
+    pub terminal: Option<TerminalSize>,
+    /// Whether a standard input will be attached; without it the process reads `/dev/null`.
+    pub stdin: bool,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct User {
+    pub uid: u32,
+    pub gid: u32,
+    pub additional_gids: Vec<u32>,
+    pub umask: Option<u32>,
+}
+
+/// Capability sets as bit masks: bit n is the capability of that number in `linux/capability.h`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capabilities {
+    pub bounding: u64,
+    pub effective: u64,
+    pub permitted: u64,
+    pub inheritable: u64,
+    pub ambient: u64,
+}
+
+/// `resource` is the number of `RLIMIT_*` in the Linux x86-64 ABI.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rlimit {
+    pub resource: u32,
+    pub soft: u64,
+    pub hard: u64,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalSize {
+    pub columns: u16,
+    pub rows: u16,
+}
+
+/// Whether `id` may name a pod, container or process: 1 to 76 of `[A-Za-z0-9_.-]`, not starting with a dot or
+/// dash. It becomes a file name on the host and a cgroup name in the guest, so nothing else is let through.
+#[must_use]
+pub fn validate_id(id: &str) -> bool {
+    const MAX_ID: usize = 76;
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
+    (1..=MAX_ID).contains(&id.len()) && !id.starts_with(['.', '-']) && id.bytes().all(allowed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_that_could_leave_their_directory_are_refused() {
+        for bad in ["", ".", "..", "a/b", "-rf", "a\0b", "a b", "\u{e4}", &"x".repeat(77)] {
+            assert!(!validate_id(bad), "{bad:?}");
+        }
+        assert!(validate_id("web-1_a.b"));
+    }
+}

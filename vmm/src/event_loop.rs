@@ -1,0 +1,226 @@
+//! The VMM's one event loop, and where device workers run: on it, or on a thread of their own.
+//!
+//! Everything that waits for descriptors is a subscriber of an `event_manager::EventManager` on the main thread;
+//! vCPU threads add and remove device workers through its remote endpoint when a driver starts or resets a device.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use event_manager::{
+    EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId,
+};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::report;
+use crate::virtio::device::{Device, DeviceError, Placement, Worker};
+use crate::virtio::irq::Interrupt;
+use crate::virtio::mmio::{Running, WorkerHost};
+
+/// What the loop holds.
+pub type Subscriber = Box<dyn MutEventSubscriber + Send>;
+/// The loop itself.
+pub type EventLoop = EventManager<Subscriber>;
+
+/// Asks the loop to end, from any thread, with the first answer given to "why?".
+#[derive(Debug)]
+pub struct Stop<T> {
+    reason: Arc<Mutex<Option<T>>>,
+    wake: Arc<EventFd>,
+}
+
+impl<T> Clone for Stop<T> {
+    fn clone(&self) -> Self {
+        Self { reason: Arc::clone(&self.reason), wake: Arc::clone(&self.wake) }
+    }
+}
+
+impl<T: Send + 'static> Stop<T> {
+    /// # Errors
+    /// When the host is out of descriptors.
+    pub fn new() -> io::Result<Self> {
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        Ok(Self { reason: Arc::new(Mutex::new(None)), wake })
+    }
+
+    /// Ends the loop; only the first reason counts.
+    pub fn set(&self, reason: T) {
+        self.reason.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason);
+        // Cannot fail: the counter would have to be at its maximum, and then the loop is awake.
+        let _ = self.wake.write(1);
+    }
+
+    /// The reason, once there is one.
+    #[must_use]
+    pub fn take(&self) -> Option<T> {
+        self.reason.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Subscriber that wakes the loop, so that its owner looks at [`take`](Self::take).
+    #[must_use]
+    pub fn subscriber(&self) -> Subscriber {
+        let wake = Arc::clone(&self.wake);
+        on_readable(self.wake.as_raw_fd(), move || drop(wake.read()))
+    }
+}
+
+/// A subscriber that calls `action` when `fd` is readable or hung up. `action` owns what `fd` belongs to.
+pub fn on_readable(fd: RawFd, action: impl FnMut() + Send + 'static) -> Subscriber {
+    Box::new(OnReadable { fd, action })
+}
+
+struct OnReadable<F> {
+    fd: RawFd,
+    action: F,
+}
+
+impl<F: FnMut()> MutEventSubscriber for OnReadable<F> {
+    fn process(&mut self, _: Events, _: &mut EventOps) {
+        (self.action)();
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        watch(ops, self.fd);
+    }
+}
+
+fn watch(ops: &mut EventOps, fd: RawFd) {
+    if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
+        report::warn("Cannot watch a descriptor", &error);
+    }
+}
+
+/// Runs device workers where their device wants them.
+#[derive(Clone)]
+pub struct Workers {
+    endpoint: RemoteEndpoint<Subscriber>,
+}
+
+impl Workers {
+    #[must_use]
+    pub fn new(event_loop: &EventLoop) -> Self {
+        Self { endpoint: event_loop.remote_endpoint() }
+    }
+}
+
+impl WorkerHost for Workers {
+    fn start(
+        &self,
+        worker: Box<dyn Worker>,
+        of: &dyn Device,
+        interrupt: Interrupt,
+    ) -> Result<Box<dyn Running>, DeviceError> {
+        let name = format!("krx-{:?}", of.kind()).to_lowercase();
+        match of.placement() {
+            Placement::EventLoop => {
+                let subscriber: Subscriber = Box::new(OnLoop { worker: Some(worker), interrupt, name });
+                let id = self
+                    .endpoint
+                    .call_blocking(move |ops| Ok::<_, event_manager::Error>(ops.add_subscriber(subscriber)))
+                    .map_err(|error| DeviceError::Host(io::Error::other(error)))?;
+                Ok(Box::new(LoopRunning { endpoint: self.endpoint.clone(), id }))
+            }
+            Placement::OwnThread => {
+                let stop = EventFd::new(EFD_NONBLOCK).map_err(DeviceError::Host)?;
+                let stopped = stop.try_clone().map_err(DeviceError::Host)?;
+                let thread = thread::Builder::new()
+                    .name(name.clone())
+                    .spawn(move || run_on_thread(worker, &stopped, &interrupt, &name))
+                    .map_err(DeviceError::Host)?;
+                Ok(Box::new(ThreadRunning { stop, thread: Some(thread) }))
+            }
+        }
+    }
+}
+
+/// A worker on the loop. An error costs the device: the worker goes, the driver is told.
+struct OnLoop {
+    worker: Option<Box<dyn Worker>>,
+    interrupt: Interrupt,
+    name: String,
+}
+
+impl MutEventSubscriber for OnLoop {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        let Some(worker) = &mut self.worker else { return };
+        if let Err(error) = worker.run() {
+            let _ = ops.remove(Events::empty_raw(events.fd()));
+            self.worker = None;
+            broken(&self.name, &error, &self.interrupt);
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        if let Some(worker) = &self.worker {
+            watch(ops, worker.fd());
+        }
+    }
+}
+
+struct LoopRunning {
+    endpoint: RemoteEndpoint<Subscriber>,
+    id: SubscriberId,
+}
+
+impl Running for LoopRunning {}
+
+impl Drop for LoopRunning {
+    fn drop(&mut self) {
+        let id = self.id;
+        // Fails only when the loop has ended, and the worker with it.
+        let _ = self.endpoint.call_blocking(move |ops| ops.remove_subscriber(id).map(drop));
+    }
+}
+
+struct ThreadRunning {
+    stop: EventFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Running for ThreadRunning {}
+
+impl Drop for ThreadRunning {
+    fn drop(&mut self) {
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            // Panics abort the process, so a join cannot fail.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run_on_thread(mut worker: Box<dyn Worker>, stop: &EventFd, interrupt: &Interrupt, name: &str) {
+    let fd = worker.fd();
+    loop {
+        match wait(fd, stop) {
+            Ok(true) => return,
+            Ok(false) => {}
+            Err(error) => return broken(name, &DeviceError::Host(error), interrupt),
+        }
+        if let Err(error) = worker.run() {
+            return broken(name, &error, interrupt);
+        }
+    }
+}
+
+/// Waits for work; `true` means to stop.
+#[expect(unsafe_code, reason = "BorrowedFd of a descriptor known by number only")]
+fn wait(fd: RawFd, stop: &EventFd) -> io::Result<bool> {
+    // SAFETY: the worker that owns `fd` is alive for as long as its thread runs this.
+    let work = unsafe { BorrowedFd::borrow_raw(fd) };
+    // SAFETY: `stop` is borrowed for longer than the descriptor is used.
+    let stop = unsafe { BorrowedFd::borrow_raw(stop.as_raw_fd()) };
+    let mut fds = [PollFd::new(stop, PollFlags::POLLIN), PollFd::new(work, PollFlags::POLLIN)];
+    match poll(&mut fds, PollTimeout::NONE) {
+        Ok(_) => Ok(fds[0].any().unwrap_or(false)),
+        Err(nix::Error::EINTR) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn broken(name: &str, error: &DeviceError, interrupt: &Interrupt) {
+    report::warn(&format!("{name}: device stopped, the guest must reset it"), error);
+    interrupt.request_reset();
+}

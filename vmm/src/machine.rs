@@ -1,0 +1,241 @@
+//! The boot recipe, flat and in boot order, and the life of the machine until its guest ends.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use event_manager::SubscriberOps;
+use linux_loader::cmdline::Cmdline;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use vm_memory::GuestMemoryMmap;
+
+use crate::arch::x86_64::boot::{self, BootError, Initramfs};
+use crate::arch::x86_64::kernel::{self, KernelError};
+use crate::arch::x86_64::layout;
+use crate::bus::Buses;
+use crate::config::ValidConfig;
+use crate::control::{self, Handles};
+use crate::devices::power::{BootMark, PowerOff, ResetControl};
+use crate::devices::serial::Console;
+use crate::event_loop::{EventLoop, Stop, Workers, on_readable};
+use crate::kvm::exit::Crash;
+use crate::kvm::vcpu::{Vcpu, Vcpus};
+use crate::kvm::vm::{KvmError, Vm};
+use crate::memory::{self, MemoryError};
+use crate::phase::{self, Phase};
+use crate::slots::Slots;
+use crate::virtio::vsock::VsockError;
+
+/// How a machine ended.
+#[derive(Debug)]
+pub enum Outcome {
+    PowerOff,
+    Reset,
+    Panic,
+    Crash {
+        crash: Crash,
+        vcpu: u8,
+        instruction: u64,
+    },
+    /// `KVM_RUN` itself failed.
+    RunFailed(kvm_ioctls::Error),
+    /// PID 1 was not reached in time.
+    BootTimeout,
+    /// Asked for from outside.
+    Stopped,
+    /// The owner is gone: nobody will clean up after the VM but itself.
+    Orphaned,
+}
+
+/// Why a machine cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    #[error("Guest memory cannot be set up")]
+    Memory(#[source] MemoryError),
+    #[error("Virtual machine cannot be made")]
+    Kvm(#[source] KvmError),
+    #[error("Kernel cannot be loaded")]
+    Kernel(#[source] KernelError),
+    #[error("Guest cannot be prepared for boot")]
+    Boot(#[source] BootError),
+    #[error("Event loop cannot be made")]
+    EventLoop(#[source] event_manager::Error),
+    #[error("Control socket {path} cannot be made")]
+    Control {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("vsock device cannot be made")]
+    Vsock(#[source] VsockError),
+    #[error("{what} device cannot be made")]
+    Device {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error("Threads or signals cannot be set up")]
+    Host(#[source] io::Error),
+}
+
+/// A machine whose guest runs.
+pub struct Machine {
+    event_loop: EventLoop,
+    stop: Stop<Outcome>,
+    vcpus: Arc<Vcpus>,
+    memory: GuestMemoryMmap,
+    boot_deadline_ns: Option<u64>,
+}
+
+impl Machine {
+    /// Builds the machine and starts its vCPUs.
+    ///
+    /// # Errors
+    /// [`MachineError`]: a file that cannot be used, or what the host lacks.
+    pub fn start(config: &ValidConfig) -> Result<Self, MachineError> {
+        let memory = memory::allocate(config.memory).map_err(MachineError::Memory)?;
+        let vm = Vm::new(&memory).map_err(MachineError::Kvm)?;
+        phase::mark(Phase::VmCreated);
+
+        let kernel = kernel::load(&memory, &config.kernel).map_err(MachineError::Kernel)?;
+        let initramfs = match &config.initramfs {
+            Some(path) => boot::load_initramfs(&memory, path, kernel.end).map_err(MachineError::Boot)?,
+            None => Initramfs::default(),
+        };
+        phase::mark(Phase::KernelLoaded);
+
+        let mut event_loop = EventLoop::new().map_err(MachineError::EventLoop)?;
+        let stop = Stop::new().map_err(MachineError::Host)?;
+        event_loop.add_subscriber(stop.subscriber());
+        let handles = Handles { vcpus: Arc::default(), stop: stop.clone(), vsock: config.vsock.clone() };
+        watch_signals(&mut event_loop, &handles).map_err(MachineError::Host)?;
+        if let Some(fd) = config.lifeline_fd {
+            watch_owner(&mut event_loop, fd, stop.clone());
+        }
+        if let Some(path) = &config.control {
+            let socket = control::listen(path, handles.clone())
+                .map_err(|source| MachineError::Control { path: path.clone(), source })?;
+            event_loop.add_subscriber(socket);
+        }
+
+        let mut cmdline = base_cmdline(config).map_err(MachineError::Boot)?;
+        let mut slots = Slots::new(&vm, &memory, Workers::new(&event_loop));
+        crate::slots::attach_devices(&mut slots, config)?;
+        for device in slots.cmdline() {
+            append(&mut cmdline, device).map_err(MachineError::Boot)?;
+        }
+        append(&mut cmdline, &config.cmdline).map_err(MachineError::Boot)?;
+        let mut buses = Buses { mmio: slots.into_bus(), ..Buses::default() };
+        attach_ports(&mut buses, &vm, config.console).map_err(MachineError::Kvm)?;
+
+        let count = config.vcpus.get();
+        boot::write_tables(&memory, &kernel, initramfs, &cmdline, count).map_err(MachineError::Boot)?;
+        let vcpus: Result<Vec<_>, _> = (0..count).map(|id| Vcpu::new(&vm, id, count, kernel.entry)).collect();
+        let vcpus = vcpus.map_err(MachineError::Kvm)?;
+        let vcpus = Vcpus::start(vcpus, &Arc::new(buses), &stop).map_err(MachineError::Host)?;
+        let vcpus = Arc::new(vcpus);
+        *handles.vcpus.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&vcpus));
+
+        let limit = config.boot_timeout_ms.saturating_mul(1_000_000);
+        let boot_deadline_ns = (limit > 0).then(|| phase::monotonic_ns().saturating_add(limit));
+        Ok(Self { event_loop, stop, vcpus, memory, boot_deadline_ns })
+    }
+
+    /// Runs the event loop until the guest ends, however it does.
+    ///
+    /// # Errors
+    /// When the loop itself fails.
+    pub fn run(&mut self) -> Result<Outcome, MachineError> {
+        loop {
+            if let Some(outcome) = self.stop.take() {
+                return Ok(outcome);
+            }
+            let timeout = match self.boot_deadline_ns {
+                Some(_) if phase::reached(Phase::Pid1) => {
+                    self.boot_deadline_ns = None;
+                    -1
+                }
+                Some(deadline) => match deadline.checked_sub(phase::monotonic_ns()) {
+                    None => return Ok(Outcome::BootTimeout),
+                    Some(left) => i32::try_from(left / 1_000_000 + 1).unwrap_or(i32::MAX),
+                },
+                None => -1,
+            };
+            self.event_loop.run_with_timeout(timeout).map_err(MachineError::EventLoop)?;
+        }
+    }
+
+    /// The guest's memory, for a look at its kernel log once it has ended. Stops the vCPUs first.
+    #[must_use]
+    pub fn memory_after_stop(&self) -> &GuestMemoryMmap {
+        self.vcpus.pause();
+        &self.memory
+    }
+}
+
+/// What every guest is told. Reasons: `kernel-config/README.md`.
+fn base_cmdline(config: &ValidConfig) -> Result<Cmdline, BootError> {
+    let mut cmdline = Cmdline::new(layout::CMDLINE_SIZE).map_err(BootError::CmdlineText)?;
+    append(&mut cmdline, "panic=-1 reboot=p,panic_warm tsc=reliable no_timer_check random.trust_cpu=on")?;
+    append(&mut cmdline, if config.console { "console=ttyS0" } else { "quiet 8250.nr_uarts=0" })?;
+    Ok(cmdline)
+}
+
+fn append(cmdline: &mut Cmdline, text: &str) -> Result<(), BootError> {
+    if text.is_empty() { Ok(()) } else { cmdline.insert_str(text).map_err(BootError::CmdlineText) }
+}
+
+fn attach_ports(buses: &mut Buses, vm: &Vm, console: bool) -> Result<(), KvmError> {
+    use krx_proto::io_port;
+    let ports = &mut buses.ports;
+    ports.attach(io_port::BOOT_MARK.into(), 1, Arc::new(Mutex::new(BootMark)));
+    ports.attach(io_port::POWER_OFF.into(), 1, Arc::new(Mutex::new(PowerOff)));
+    ports.attach(layout::RESET_CONTROL.into(), 1, Arc::new(Mutex::new(ResetControl)));
+    if console {
+        let serial = Console::new(vm.irqfd(layout::COM1_IRQ)?);
+        ports.attach(layout::COM1.into(), layout::COM1_SIZE.into(), Arc::new(Mutex::new(serial)));
+    }
+    Ok(())
+}
+
+/// SIGTERM and SIGINT: the first asks the guest to power off, the second ends it.
+fn watch_signals(event_loop: &mut EventLoop, handles: &Handles) -> io::Result<()> {
+    let mut mask = SigSet::empty();
+    mask.add(Signal::SIGTERM);
+    mask.add(Signal::SIGINT);
+    // Before any thread is started, so that all of them inherit it.
+    mask.thread_block()?;
+    let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+    let handles = handles.clone();
+    let mut asked = false;
+    event_loop.add_subscriber(on_readable(signals.as_raw_fd(), move || {
+        while let Ok(Some(_)) = signals.read_signal() {
+            if asked {
+                handles.stop.set(Outcome::Stopped);
+            } else {
+                handles.shut_down();
+            }
+            asked = true;
+        }
+    }));
+    Ok(())
+}
+
+#[expect(unsafe_code, reason = "an inherited descriptor is known by its number only")]
+fn watch_owner(event_loop: &mut EventLoop, fd: RawFd, stop: Stop<Outcome>) {
+    // SAFETY: the configuration hands this descriptor over, and it is taken once.
+    let lifeline = unsafe { OwnedFd::from_raw_fd(fd) };
+    event_loop.add_subscriber(on_readable(fd, move || {
+        // Nothing is ever written to it: readable means that the other end is closed.
+        let _ = &lifeline;
+        stop.set(Outcome::Orphaned);
+    }));
+}
+
+/// Removes the files the machine has made.
+pub fn clean_up(config: &ValidConfig) {
+    let remove = |path: &Path| drop(std::fs::remove_file(path));
+    config.control.as_deref().into_iter().chain(config.vsock.as_deref()).for_each(remove);
+}

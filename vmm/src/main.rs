@@ -1,0 +1,153 @@
+//! `krx-vmm`: one micro-VM as one process. The thin part around the library: arguments in, exit code out.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::FromRawFd;
+use std::path::Path;
+
+use krx_vmm::config::{Config, ConfigError, ValidConfig};
+use krx_vmm::exit_code::ExitCode;
+use krx_vmm::machine::{self, Machine, MachineError, Outcome};
+use krx_vmm::phase::{self, Phase};
+use krx_vmm::{klog, report};
+
+const USAGE: &str = "\
+Usage: krx-vmm --config FILE | --config-fd N
+Runs one micro-VM as its configuration says (JSON, see docs/vmm.md).
+
+  --config FILE    read the configuration from FILE
+  --config-fd N    read it from the inherited descriptor N
+  --version        print the version
+  --help           print this
+
+Exit codes: 0 powered off, 2 configuration, 3 host, 4 boot timeout, 5 guest panic, 6 guest crash,
+7 stopped from outside, 8 guest reset.";
+
+/// Largest configuration; stops an endless file from filling memory.
+const MAX_CONFIG: u64 = 1 << 20;
+
+fn main() -> std::process::ExitCode {
+    phase::mark(Phase::Main);
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let code = match arguments.as_slice() {
+        ["--config", path] => {
+            run_from(File::open(path).map_err(|e| format!("Cannot open {path}\n  because: {e}")))
+        }
+        ["--config-fd", number] => run_from(inherited(number)),
+        ["--version"] => print(concat!("krx-vmm ", env!("CARGO_PKG_VERSION"))),
+        ["--help"] => print(USAGE),
+        _ => {
+            eprintln!("{USAGE}");
+            ExitCode::Config
+        }
+    };
+    code.into()
+}
+
+fn print(text: &str) -> ExitCode {
+    // A standard output that is closed is no reason to fail.
+    let _ = writeln!(std::io::stdout(), "{text}");
+    ExitCode::PowerOff
+}
+
+#[expect(unsafe_code, reason = "an inherited descriptor is known by its number only")]
+fn inherited(number: &str) -> Result<File, String> {
+    let fd: i32 =
+        number.parse().map_err(|_| format!("--config-fd needs a descriptor number, not {number}"))?;
+    if fd < 3 {
+        return Err(format!("--config-fd {fd} is a standard stream"));
+    }
+    let open = nix::fcntl::fcntl(borrowed(fd), nix::fcntl::FcntlArg::F_GETFD).is_ok();
+    if !open {
+        return Err(format!("--config-fd {fd} is not an open descriptor"));
+    }
+    // SAFETY: the descriptor is open, and whoever passed its number gave it to this process.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+#[expect(unsafe_code, reason = "an inherited descriptor is known by its number only")]
+fn borrowed(fd: i32) -> std::os::fd::BorrowedFd<'static> {
+    // SAFETY: only passed to fcntl, which reports a descriptor that is not open.
+    unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) }
+}
+
+fn run_from(file: Result<File, String>) -> ExitCode {
+    let config = match file.and_then(|file| read(file).map_err(|error| report::chain(&error))) {
+        Ok(config) => config,
+        Err(message) => return fail(ExitCode::Config, &message),
+    };
+    phase::mark(Phase::Configured);
+    let code = run(&config);
+    machine::clean_up(&config);
+    code
+}
+
+fn read(file: File) -> Result<ValidConfig, ConfigError> {
+    let mut json = Vec::new();
+    file.take(MAX_CONFIG).read_to_end(&mut json).map_err(ConfigError::Read)?;
+    Config::from_json(&json)?.validate()
+}
+
+fn run(config: &ValidConfig) -> ExitCode {
+    let mut machine = match Machine::start(config) {
+        Ok(machine) => machine,
+        Err(error) => return fail(start_failure(&error), &report::chain(&error)),
+    };
+    match machine.run() {
+        Ok(outcome) => finish(&outcome, &machine, config),
+        Err(error) => fail(ExitCode::Host, &report::chain(&error)),
+    }
+}
+
+fn start_failure(error: &MachineError) -> ExitCode {
+    match error {
+        MachineError::Kernel(_) | MachineError::Boot(_) => ExitCode::Config,
+        _ => ExitCode::Host,
+    }
+}
+
+/// Says how the guest ended, with its kernel's last words where it ended badly.
+fn finish(outcome: &Outcome, machine: &Machine, config: &ValidConfig) -> ExitCode {
+    let (code, message) = match outcome {
+        Outcome::PowerOff => return ExitCode::PowerOff,
+        Outcome::Stopped => return ExitCode::Stopped,
+        Outcome::Orphaned => {
+            machine::clean_up(config);
+            return ExitCode::Stopped;
+        }
+        Outcome::Reset => {
+            return fail(ExitCode::GuestReset, "The guest reset itself; micro-VMs are not started again");
+        }
+        Outcome::Panic => (ExitCode::GuestPanic, "The guest's kernel panicked".to_string()),
+        Outcome::Crash { crash, vcpu, instruction } => (
+            ExitCode::GuestCrash,
+            format!("{} on vCPU {vcpu} at instruction {instruction:#x}", crash.meaning()),
+        ),
+        Outcome::RunFailed(error) => {
+            (ExitCode::GuestCrash, format!("KVM cannot run the guest\n  because: {error}"))
+        }
+        Outcome::BootTimeout => {
+            let seconds = config.boot_timeout_ms / 1000;
+            (ExitCode::Boot, format!("The guest did not reach PID 1 within the boot timeout of {seconds} s"))
+        }
+    };
+    fail(code, &format!("{message}\n{}", last_words(machine, &config.kernel)))
+}
+
+fn last_words(machine: &Machine, kernel: &Path) -> String {
+    match klog::read(machine.memory_after_stop(), kernel) {
+        Ok(log) if log.is_empty() => "The guest's kernel has logged nothing.".into(),
+        Ok(log) => format!("The guest's kernel log ends with:\n{log}"),
+        Err(error) => format!(
+            "The guest's kernel log cannot be read (--console shows it live)\n  because: {}",
+            report::chain(&error)
+        ),
+    }
+}
+
+fn fail(code: ExitCode, message: &str) -> ExitCode {
+    // A standard error that is closed is no reason for another exit code.
+    let _ = writeln!(std::io::stderr(), "krx-vmm: {message}");
+    code
+}

@@ -1,0 +1,73 @@
+//! virtio-mmio slots: gives each device its registers, interrupt and notifications, and tells the kernel of them.
+
+use std::sync::{Arc, Mutex};
+
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
+use vm_memory::GuestMemoryMmap;
+
+use crate::arch::x86_64::layout;
+use crate::bus::Bus;
+use crate::config::ValidConfig;
+use crate::event_loop::Workers;
+use crate::kvm::vm::{KvmError, Vm};
+use crate::machine::MachineError;
+use crate::virtio::device::Device;
+use crate::virtio::irq::Interrupt;
+use crate::virtio::mmio::MmioTransport;
+use crate::virtio::{rng, vsock};
+
+/// The slots filled so far.
+pub(crate) struct Slots<'a> {
+    vm: &'a Vm,
+    memory: &'a GuestMemoryMmap,
+    workers: Workers,
+    bus: Bus,
+    cmdline: Vec<String>,
+}
+
+impl<'a> Slots<'a> {
+    pub(crate) fn new(vm: &'a Vm, memory: &'a GuestMemoryMmap, workers: Workers) -> Self {
+        Self { vm, memory, workers, bus: Bus::default(), cmdline: Vec::new() }
+    }
+
+    /// Puts `device` into the next free slot.
+    ///
+    /// # Errors
+    /// When KVM or the host is out of descriptors.
+    pub(crate) fn attach(&mut self, device: Box<dyn Device>) -> Result<(), KvmError> {
+        let slot = u32::try_from(self.cmdline.len()).unwrap_or(u32::MAX);
+        debug_assert!(slot < layout::VIRTIO_SLOTS, "every device has a slot of its own");
+        let address = layout::VIRTIO_MMIO + u64::from(slot) * layout::VIRTIO_MMIO_SIZE;
+        let irq = layout::VIRTIO_IRQ + slot;
+        let interrupt = Interrupt::new(self.vm.irqfd(irq)?);
+        let notify = address + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY);
+        let kicks: Result<Vec<_>, _> =
+            (0..).zip(device.queue_sizes()).map(|(queue, _)| self.vm.ioeventfd(notify, queue)).collect();
+        let transport =
+            MmioTransport::new(device, self.memory.clone(), interrupt, kicks?, self.workers.clone());
+        self.bus.attach(address, layout::VIRTIO_MMIO_SIZE, Arc::new(Mutex::new(transport)));
+        self.cmdline.push(format!("virtio_mmio.device=4K@{address:#x}:{irq}"));
+        Ok(())
+    }
+
+    /// Kernel arguments that announce the devices.
+    pub(crate) fn cmdline(&self) -> impl Iterator<Item = &str> {
+        self.cmdline.iter().map(String::as_str)
+    }
+
+    pub(crate) fn into_bus(self) -> Bus {
+        self.bus
+    }
+}
+
+/// Attaches the devices that `config` asks for.
+///
+/// # Errors
+/// When a device's host side cannot be made, or KVM refuses.
+pub(crate) fn attach_devices(slots: &mut Slots<'_>, config: &ValidConfig) -> Result<(), MachineError> {
+    if let Some(path) = &config.vsock {
+        let device = vsock::Vsock::new(krx_proto::GUEST_CID, path.clone()).map_err(MachineError::Vsock)?;
+        slots.attach(Box::new(device)).map_err(MachineError::Kvm)?;
+    }
+    slots.attach(Box::new(rng::Rng)).map_err(MachineError::Kvm)
+}

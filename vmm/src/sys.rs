@@ -1,0 +1,39 @@
+//! Every system call that needs `unsafe` and is not KVM's, behind safe functions.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap};
+
+/// Size of a page of the host and of the guest.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// Replaces `len` bytes of guest memory at `guest` by a private, writable mapping of `file` at `offset`.
+///
+/// # Errors
+/// `InvalidInput` when the range is not page-aligned or not within one memory region; otherwise what mmap(2) says.
+pub fn map_file_into_guest(
+    memory: &GuestMemoryMmap,
+    guest: GuestAddress,
+    file: &File,
+    offset: u64,
+    len: u64,
+) -> io::Result<()> {
+    let aligned = [guest.0, offset, len].iter().all(|value| value % PAGE_SIZE == 0);
+    let size = usize::try_from(len).ok().filter(|size| aligned && *size > 0);
+    let offset = libc::off_t::try_from(offset).ok();
+    let (Some(size), Some(offset)) = (size, offset) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    // A slice is only given out for a range that lies within one region, hence within one host mapping.
+    let slice = memory.get_slice(guest, size).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let host = slice.ptr_guard_mut().as_ptr().cast::<libc::c_void>();
+    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_FIXED);
+    // SAFETY: [host, host + size) is page-aligned and lies within one mapping owned by `memory`, which unmaps its
+    // whole range when dropped, whatever is mapped there; guest memory is only accessed volatilely, so no Rust
+    // reference to the replaced bytes exists; `file` is open and mmap keeps its own reference.
+    let mapped = unsafe { libc::mmap(host, size, protection, flags, file.as_raw_fd(), offset) };
+    if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

@@ -1,0 +1,275 @@
+//! The virtio-mmio transport (virtio 1.2, section 4.2), modern only: registers in, live queues out.
+//!
+//! The transport owns all configuration. Setting DRIVER_OK moves live queues into the device and yields a worker,
+//! which a [`WorkerHost`] runs; writing 0 to Status takes it back. Queue notifications do not come here: KVM turns
+//! them into eventfds.
+
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
+    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::virtio_mmio as register;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::device::{Activation, Device, DeviceError, Worker};
+use super::irq::Interrupt;
+use super::queue::QueueConfig;
+use crate::bus::{BusDevice, Effect};
+
+/// "virt" in little-endian ASCII.
+const MAGIC: u32 = 0x7472_6976;
+/// Register layout of virtio 1.0 and later.
+const VERSION: u32 = 2;
+/// "KRX" in little-endian ASCII; the field only tells implementations apart.
+const VENDOR: u32 = 0x0058_524b;
+/// No shared memory region: the length reads as all ones (4.2.2, SHMLenLow).
+const NO_REGION: u32 = u32::MAX;
+
+const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
+const DRIVER: u32 = ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER;
+const FEATURES_OK: u32 = DRIVER | VIRTIO_CONFIG_S_FEATURES_OK;
+const DRIVER_OK: u32 = FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
+/// The orders in which a driver may raise Status (2.1, 3.1.1); reset and FAILED are possible in every state.
+const TRANSITIONS: [(u32, u32); 4] =
+    [(0, ACKNOWLEDGE), (ACKNOWLEDGE, DRIVER), (DRIVER, FEATURES_OK), (FEATURES_OK, DRIVER_OK)];
+
+/// Runs workers: on the event loop, or on threads of their own.
+pub trait WorkerHost: Send {
+    /// Starts `worker`; dropping what is returned stops it and waits until it is gone.
+    ///
+    /// # Errors
+    /// When the host cannot give a thread or watch a descriptor.
+    fn start(&self, worker: Box<dyn Worker>, of: &dyn Device, interrupt: Interrupt) -> Result<Box<dyn Running>, DeviceError>;
+}
+
+/// A worker at work; see [`WorkerHost::start`].
+pub trait Running: Send {}
+
+/// One device behind one slot of registers.
+pub struct MmioTransport<H> {
+    device: Box<dyn Device>,
+    memory: GuestMemoryMmap,
+    interrupt: Interrupt,
+    host: H,
+    kicks: Vec<EventFd>,
+    status: u32,
+    features: u64,
+    device_features_select: u32,
+    driver_features_select: u32,
+    queue_select: u32,
+    queues: Vec<QueueConfig>,
+    running: Option<Box<dyn Running>>,
+}
+
+impl<H: WorkerHost> MmioTransport<H> {
+    /// `kicks` are registered with KVM as ioeventfds, one for each queue of the device.
+    pub fn new(
+        device: Box<dyn Device>,
+        memory: GuestMemoryMmap,
+        interrupt: Interrupt,
+        kicks: Vec<EventFd>,
+        host: H,
+    ) -> Self {
+        let queues = device.queue_sizes().iter().map(|size| QueueConfig::new(*size)).collect();
+        Self {
+            device,
+            memory,
+            interrupt,
+            host,
+            kicks,
+            status: 0,
+            features: 0,
+            device_features_select: 0,
+            driver_features_select: 0,
+            queue_select: 0,
+            queues,
+            running: None,
+        }
+    }
+
+    fn offered(&self) -> u64 {
+        self.device.features() | 1 << VIRTIO_F_VERSION_1
+    }
+
+    fn queue(&self) -> Option<&QueueConfig> {
+        self.queues.get(usize::try_from(self.queue_select).ok()?)
+    }
+
+    /// The selected queue, while the driver may still configure it.
+    fn queue_mut(&mut self) -> Option<&mut QueueConfig> {
+        let configurable = self.status & !VIRTIO_CONFIG_S_FAILED == FEATURES_OK;
+        let queue = self.queues.get_mut(usize::try_from(self.queue_select).ok()?)?;
+        configurable.then_some(queue)
+    }
+
+    fn read_register(&self, offset: u32) -> u32 {
+        match offset {
+            register::VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
+            register::VIRTIO_MMIO_VERSION => VERSION,
+            register::VIRTIO_MMIO_DEVICE_ID => self.device.kind() as u32,
+            register::VIRTIO_MMIO_VENDOR_ID => VENDOR,
+            register::VIRTIO_MMIO_DEVICE_FEATURES => half(self.offered(), self.device_features_select),
+            register::VIRTIO_MMIO_QUEUE_NUM_MAX => self.queue().map_or(0, |queue| queue.max_size.into()),
+            register::VIRTIO_MMIO_QUEUE_READY => self.queue().is_some_and(|queue| queue.ready).into(),
+            register::VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.pending(),
+            register::VIRTIO_MMIO_STATUS => self.status | self.interrupt.status_bit(),
+            register::VIRTIO_MMIO_SHM_LEN_LOW
+            | register::VIRTIO_MMIO_SHM_LEN_HIGH
+            | register::VIRTIO_MMIO_SHM_BASE_LOW
+            | register::VIRTIO_MMIO_SHM_BASE_HIGH => NO_REGION,
+            // ConfigGeneration: no device changes its configuration.
+            _ => 0,
+        }
+    }
+
+    fn write_register(&mut self, offset: u32, value: u32) {
+        match offset {
+            register::VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_features_select = value,
+            register::VIRTIO_MMIO_DRIVER_FEATURES => self.accept_features(value),
+            register::VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_select = value,
+            register::VIRTIO_MMIO_QUEUE_SEL => self.queue_select = value,
+            register::VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt.acknowledge(value),
+            register::VIRTIO_MMIO_STATUS => self.set_status(value),
+            _ => self.write_queue(offset, value),
+        }
+    }
+
+    fn write_queue(&mut self, offset: u32, value: u32) {
+        let Some(queue) = self.queue_mut() else { return };
+        match offset {
+            // A size the queue cannot have is kept as 0, which does not activate.
+            register::VIRTIO_MMIO_QUEUE_NUM => queue.size = u16::try_from(value).unwrap_or(0),
+            register::VIRTIO_MMIO_QUEUE_READY => queue.ready = value == 1,
+            register::VIRTIO_MMIO_QUEUE_DESC_LOW => set_low(&mut queue.descriptors, value),
+            register::VIRTIO_MMIO_QUEUE_DESC_HIGH => set_high(&mut queue.descriptors, value),
+            register::VIRTIO_MMIO_QUEUE_AVAIL_LOW => set_low(&mut queue.available, value),
+            register::VIRTIO_MMIO_QUEUE_AVAIL_HIGH => set_high(&mut queue.available, value),
+            register::VIRTIO_MMIO_QUEUE_USED_LOW => set_low(&mut queue.used, value),
+            register::VIRTIO_MMIO_QUEUE_USED_HIGH => set_high(&mut queue.used, value),
+            _ => {}
+        }
+    }
+
+    fn accept_features(&mut self, value: u32) {
+        if self.status != DRIVER {
+            return;
+        }
+        match self.driver_features_select {
+            0 => set_low(&mut self.features, value),
+            1 => set_high(&mut self.features, value),
+            _ => {}
+        }
+    }
+
+    fn set_status(&mut self, value: u32) {
+        if value == 0 {
+            self.reset();
+            return;
+        }
+        if value & VIRTIO_CONFIG_S_FAILED != 0 {
+            self.status |= VIRTIO_CONFIG_S_FAILED;
+            return;
+        }
+        // The driver writes back what it has read: the device's own bit is not its to set.
+        let wanted = value & DRIVER_OK;
+        if !TRANSITIONS.contains(&(self.status, wanted)) {
+            return;
+        }
+        // FEATURES_OK stays clear when the driver wants what was not offered, or not virtio 1 (3.1.1, step 6).
+        let acceptable = self.features & !self.offered() == 0 && self.features >> VIRTIO_F_VERSION_1 & 1 == 1;
+        if wanted == FEATURES_OK && !acceptable {
+            return;
+        }
+        self.status = wanted;
+        if wanted == DRIVER_OK {
+            self.activate();
+        }
+    }
+
+    fn activate(&mut self) {
+        match self.start() {
+            Ok(running) => {
+                self.running = Some(running);
+                // A driver may have notified before the worker watched the eventfds.
+                for kick in &self.kicks {
+                    let _ = kick.write(1);
+                }
+            }
+            Err(error) => {
+                crate::report::warn(&format!("virtio {:?} device not started", self.device.kind()), &error);
+                self.interrupt.request_reset();
+            }
+        }
+    }
+
+    fn start(&mut self) -> Result<Box<dyn Running>, DeviceError> {
+        let mut queues = Vec::with_capacity(self.queues.len());
+        for (config, kick) in self.queues.iter().zip(&self.kicks) {
+            let kick = kick.try_clone().map_err(DeviceError::Host)?;
+            queues.push(config.activate(&self.memory, kick, self.interrupt.clone())?);
+        }
+        let activation = Activation {
+            memory: self.memory.clone(),
+            features: self.features,
+            queues,
+            interrupt: self.interrupt.clone(),
+        };
+        let worker = self.device.activate(activation)?;
+        self.host.start(worker, &*self.device, self.interrupt.clone())
+    }
+
+    /// Back to the state after power-on; the worker is gone when this returns.
+    fn reset(&mut self) {
+        self.running = None;
+        self.status = 0;
+        self.features = 0;
+        self.device_features_select = 0;
+        self.driver_features_select = 0;
+        self.queue_select = 0;
+        for (queue, size) in self.queues.iter_mut().zip(self.device.queue_sizes()) {
+            *queue = QueueConfig::new(*size);
+        }
+        self.interrupt.reset();
+    }
+}
+
+impl<H: WorkerHost> BusDevice for MmioTransport<H> {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        let Ok(offset) = u32::try_from(offset) else { return };
+        if let Some(offset) = offset.checked_sub(register::VIRTIO_MMIO_CONFIG) {
+            self.device.read_config(offset.into(), data);
+        } else if let Ok(word) = <&mut [u8; 4]>::try_from(&mut *data) {
+            *word = self.read_register(offset).to_le_bytes();
+        } else {
+            // Registers are 32 bits wide and read as such (4.2.2.2).
+            data.fill(0);
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
+        // No device has configuration that a driver may write, so only registers are written.
+        if let (Ok(offset), Ok(word)) = (u32::try_from(offset), <[u8; 4]>::try_from(data)) {
+            self.write_register(offset, u32::from_le_bytes(word));
+        }
+        Effect::None
+    }
+}
+
+/// Half of a 64-bit feature word; there are no further ones.
+#[expect(clippy::cast_possible_truncation, reason = "selects 32 of 64 bits")]
+fn half(features: u64, select: u32) -> u32 {
+    match select {
+        0 => features as u32,
+        1 => (features >> 32) as u32,
+        _ => 0,
+    }
+}
+
+fn set_low(value: &mut u64, low: u32) {
+    *value = (*value & !0xffff_ffff) | u64::from(low);
+}
+
+fn set_high(value: &mut u64, high: u32) {
+    *value = (*value & 0xffff_ffff) | u64::from(high) << 32;
+}

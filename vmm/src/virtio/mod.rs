@@ -1,0 +1,11 @@
+//! Virtio devices over MMIO (virtio 1.2, modern only).
+//!
+//! [`device`] says what a device is, [`queue`] and [`irq`] are what it works with, `mmio` is the transport; each
+//! device has a file or folder of its own and knows none of the others.
+
+pub mod device;
+pub mod irq;
+pub mod mmio;
+pub mod queue;
+pub mod rng;
+pub mod vsock;

@@ -1,0 +1,195 @@
+//! A virtqueue in its two lives: [`QueueConfig`], which the driver sets up through registers, and [`LiveQueue`],
+//! which a device owns from activation to reset.
+
+use std::os::fd::{AsRawFd, RawFd};
+
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::device::DeviceError;
+use super::irq::Interrupt;
+
+/// A chain of descriptors over the guest's memory; iterates with a bound on its length.
+pub type Chain<'m> = DescriptorChain<&'m GuestMemoryMmap>;
+
+/// Addresses and size of a queue, as the driver has written them so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct QueueConfig {
+    pub max_size: u16,
+    pub size: u16,
+    pub ready: bool,
+    pub descriptors: u64,
+    pub available: u64,
+    pub used: u64,
+}
+
+impl QueueConfig {
+    #[must_use]
+    pub fn new(max_size: u16) -> Self {
+        Self { max_size, size: max_size, ..Self::default() }
+    }
+
+    /// Makes the queue live if what the driver wrote describes one that lies in guest memory.
+    ///
+    /// # Errors
+    /// Sizes that are not a power of two or over the maximum, misaligned or out-of-range rings.
+    pub fn activate(
+        &self,
+        memory: &GuestMemoryMmap,
+        kick: EventFd,
+        interrupt: Interrupt,
+    ) -> Result<LiveQueue, DeviceError> {
+        let mut queue = Queue::new(self.max_size).map_err(DeviceError::Queue)?;
+        if !self.size.is_power_of_two() || self.size > self.max_size {
+            return Err(DeviceError::BadChain("queue size is not a power of two within the maximum"));
+        }
+        queue.set_size(self.size);
+        queue.try_set_desc_table_address(GuestAddress(self.descriptors)).map_err(DeviceError::Queue)?;
+        queue.try_set_avail_ring_address(GuestAddress(self.available)).map_err(DeviceError::Queue)?;
+        queue.try_set_used_ring_address(GuestAddress(self.used)).map_err(DeviceError::Queue)?;
+        queue.set_ready(true);
+        if !self.ready || !queue.is_valid(memory) {
+            return Err(DeviceError::BadChain("queue rings do not lie in guest memory"));
+        }
+        Ok(LiveQueue { queue, memory: memory.clone(), kick, interrupt })
+    }
+}
+
+/// A queue in use: knows its memory, its kick and its interrupt, so a device does no address arithmetic.
+#[derive(Debug)]
+pub struct LiveQueue {
+    queue: Queue,
+    memory: GuestMemoryMmap,
+    kick: EventFd,
+    interrupt: Interrupt,
+}
+
+impl LiveQueue {
+    /// Readable when the driver has notified the queue.
+    #[must_use]
+    pub fn kick_fd(&self) -> RawFd {
+        self.kick.as_raw_fd()
+    }
+
+    /// Clears the kick; to be called before the queue is drained, so that none is lost.
+    pub fn clear_kick(&self) {
+        // The eventfd is non-blocking: an error means that nothing was signalled.
+        let _ = self.kick.read();
+    }
+
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// The next chain the driver made available.
+    ///
+    /// # Errors
+    /// [`DeviceError::Queue`] when the driver's index claims more chains than the queue has.
+    pub fn pop(&mut self) -> Result<Option<Chain<'_>>, DeviceError> {
+        match self.queue.iter(&self.memory) {
+            Ok(mut available) => Ok(available.next()),
+            Err(error) => Err(DeviceError::Queue(error)),
+        }
+    }
+
+    /// Puts back the chain that [`pop`](Self::pop) gave last: it will be given again.
+    pub fn undo_pop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Hands a chain back with `written` bytes in its writable part. Does not interrupt.
+    ///
+    /// # Errors
+    /// A head index that is not in the queue, or rings the driver moved out of memory.
+    pub fn add_used(&mut self, head: u16, written: u32) -> Result<(), DeviceError> {
+        self.queue.add_used(&self.memory, head, written).map_err(DeviceError::Queue)
+    }
+
+    /// Interrupts the driver unless it asked not to be.
+    ///
+    /// # Errors
+    /// As [`add_used`](Self::add_used).
+    pub fn notify(&mut self) -> Result<(), DeviceError> {
+        if self.queue.needs_notification(&self.memory).map_err(DeviceError::Queue)? {
+            self.interrupt.used_buffer();
+        }
+        Ok(())
+    }
+
+    /// Asks the driver for kicks again (they are never suppressed without the next call).
+    ///
+    /// # Errors
+    /// As [`add_used`](Self::add_used). `true` means that more chains came meanwhile.
+    pub fn enable_kicks(&mut self) -> Result<bool, DeviceError> {
+        self.queue.enable_notification(&self.memory).map_err(DeviceError::Queue)
+    }
+
+    /// Tells the driver that it need not kick while the queue is being worked on.
+    ///
+    /// # Errors
+    /// As [`add_used`](Self::add_used).
+    pub fn suppress_kicks(&mut self) -> Result<(), DeviceError> {
+        self.queue.disable_notification(&self.memory).map_err(DeviceError::Queue)
+    }
+}
+
+/// Sum of the lengths of `descriptors` that `writable` selects, without overflow.
+#[must_use]
+pub fn total_len(descriptors: impl Iterator<Item = Descriptor>, writable: bool) -> u64 {
+    descriptors.filter(|d| d.is_write_only() == writable).map(|d| u64::from(d.len())).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use virtio_queue::mock::MockSplitQueue;
+
+    use super::*;
+    use crate::testing;
+
+    #[test]
+    fn rings_out_of_memory_or_with_a_bad_size_do_not_activate() {
+        let memory = testing::memory(1);
+        let good = QueueConfig {
+            ready: true,
+            descriptors: 0,
+            available: 0x4000,
+            used: 0x8000,
+            ..QueueConfig::new(256)
+        };
+        let activate =
+            |config: QueueConfig| config.activate(&memory, testing::event(), testing::interrupt().0);
+        assert!(activate(good).is_ok());
+        for bad in [
+            QueueConfig { size: 0, ..good },
+            QueueConfig { size: 3, ..good },
+            QueueConfig { size: 512, ..good },
+            QueueConfig { ready: false, ..good },
+            QueueConfig { descriptors: 1 << 40, ..good },
+            QueueConfig { available: u64::MAX - 1, ..good },
+            QueueConfig { used: (1 << 20) - 4, ..good },
+            QueueConfig { descriptors: 8, ..good },
+        ] {
+            assert!(activate(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn available_index_beyond_the_queue_is_an_error() {
+        let memory = testing::memory(1);
+        let mock = MockSplitQueue::new(&memory, 16);
+        let (mut queue, _kick) = testing::live_queue(&memory, &mock, &testing::interrupt().0);
+        mock.avail().idx().store(u16::to_le(500));
+        assert!(matches!(queue.pop(), Err(DeviceError::Queue(_))));
+    }
+
+    #[test]
+    fn used_head_out_of_the_queue_is_an_error() {
+        let memory = testing::memory(1);
+        let mock = MockSplitQueue::new(&memory, 16);
+        let (mut queue, _kick) = testing::live_queue(&memory, &mock, &testing::interrupt().0);
+        assert!(queue.add_used(16, 0).is_err());
+    }
+}

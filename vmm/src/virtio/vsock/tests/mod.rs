@@ -1,0 +1,3 @@
+//! The device against an emulated driver, and unix sockets for the host.
+
+mod driver;
