@@ -50,10 +50,11 @@ def parse(arguments):
     parser.add_argument("--while", type=int, dest="companion", metavar="PID", help="--start: end with this process")
     parser.add_argument("--idle", type=float, default=300, metavar="S", help="--start: end after S idle seconds (300)")
     parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    verbs.add_argument("--missing", action="store_true", help="name the Debian packages that are missing")
     options = parser.parse_args(arguments)
     if options.command[:1] == ["--"]:
         del options.command[0]
-    if not (options.command or options.start or options.stop or options.which or options.install):
+    if not (options.command or options.start or options.stop or options.which or options.install or options.missing):
         parser.error("a command is needed")
     return options
 
@@ -68,6 +69,9 @@ def shape_of(options):
 def run(options):
     if options.install:
         setup.install_packages()
+        return 0
+    if options.missing:
+        print(" ".join(setup.missing_packages()))
         return 0
     if options.stop:
         return resident.stop()

@@ -42,8 +42,12 @@ def cache_dir():
     return Path(os.environ.get("KRX_KVM_HOST_CACHE") or default)
 
 
+def missing_packages():
+    return sorted({package for path, package in NEEDS.items() if not os.path.exists(path)})
+
+
 def install_line():
-    missing = sorted({package for path, package in NEEDS.items() if not os.path.exists(path)})
+    missing = missing_packages()
     return ["apt-get", "install", "-y", "--no-install-recommends", *missing] if missing else None
 
 

@@ -1,0 +1,49 @@
+# krx: `make demo` shows it, `make test` tests it, `make help` lists the rest.
+.DEFAULT_GOAL := help
+.PHONY: help setup build kernel initramfs rootfs demo test e2e lint check bench fuzz fmt clean
+export PATH := $(HOME)/.cargo/bin:$(PATH)
+
+help: ## This list
+	@sed -n -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+
+setup: ## Install what is missing (as root), or say exactly what to install
+	@scripts/setup
+
+build: setup kernel initramfs ## Everything a user runs: krx, krx-vmm, guest kernel, initramfs
+	@cargo build --release --locked --quiet -p krx -p krx-vmm
+
+kernel: setup ## Guest kernel (target/guest/vmlinux); KERNEL_SRC= and KERNEL= override
+	@kernel-config/build.sh
+
+initramfs: setup ## Agent, static, in its initramfs (target/guest/initramfs.cpio)
+	@scripts/agent && rootfs/initramfs.sh target/x86_64-unknown-linux-gnu/agent/krx-agent
+
+rootfs: setup ## Root file system with python3 (target/guest/python-rootfs)
+	@rootfs/python-rootfs.sh
+
+demo: build rootfs ## Run python3 in a micro-VM and show what ran where
+	@scripts/demo
+
+test: build rootfs ## All tests: unit, VM and end to end
+	@scripts/test
+
+e2e: build rootfs ## VM and end-to-end tests alone; TESTS=name filters
+	@scripts/test --e2e $(TESTS)
+
+lint: setup ## Formatting, clippy, licences and advisories (where cargo-deny is installed)
+	@cargo fmt --all --check && cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
+	@if cargo deny --version >/dev/null 2>&1; then cargo deny --log-level error check; else echo "lint: cargo-deny is not installed, deny.toml not checked"; fi
+
+check: lint test ## What CI runs
+
+bench: build rootfs ## Boot latency in counted time, in the emulated host
+	@cargo bench --locked -p benches --bench boot -- --icount $(BENCH)
+
+fuzz: setup ## Every fuzz target for TIME=60 seconds (needs cargo-fuzz)
+	@fuzz/run $(or $(TIME),60)
+
+fmt: ## Format the sources
+	@cargo fmt --all
+
+clean: ## Remove all that was built
+	@rm -rf target
