@@ -42,6 +42,10 @@ pub struct Config {
     /// Read end of a pipe whose other end the owner holds: its closing means that the owner is gone.
     #[serde(default)]
     pub lifeline_fd: Option<RawFd>,
+    /// Directory that belongs to the pod alone. When the owner dies it is removed, with the files and empty
+    /// directories in it: nobody else is left to do that.
+    #[serde(default)]
+    pub state_dir: Option<PathBuf>,
     /// Milliseconds from the VMM's start until the guest must have reached PID 1; 0 waits for ever.
     #[serde(default = "default_boot_timeout_ms")]
     pub boot_timeout_ms: u64,
@@ -83,6 +87,7 @@ pub struct ValidConfig {
     pub vsock: Option<PathBuf>,
     pub control: Option<PathBuf>,
     pub lifeline_fd: Option<RawFd>,
+    pub state_dir: Option<PathBuf>,
     pub boot_timeout_ms: u64,
 }
 
@@ -194,6 +199,7 @@ impl Config {
             vsock: self.vsock,
             control: self.control,
             lifeline_fd: self.lifeline_fd,
+            state_dir: self.state_dir,
             boot_timeout_ms: self.boot_timeout_ms,
         })
     }

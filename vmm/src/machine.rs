@@ -239,3 +239,21 @@ pub fn clean_up(config: &ValidConfig) {
     let remove = |path: &Path| drop(std::fs::remove_file(path));
     config.control.as_deref().into_iter().chain(config.vsock.as_deref()).for_each(remove);
 }
+
+/// Removes the pod's directory in the place of an owner that died.
+///
+/// Never recursive: the share below it is made of bind mounts of the user's own files, and what a mistake would leave
+/// mounted must survive it.
+pub fn clean_up_for_owner(config: &ValidConfig) {
+    clean_up(config);
+    let Some(directory) = &config.state_dir else { return };
+    if let Some(share) = &config.share {
+        let _ = nix::mount::umount2(&share.root, nix::mount::MntFlags::MNT_DETACH);
+    }
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        let path = entry.path();
+        let _ = if is_directory { std::fs::remove_dir(path) } else { std::fs::remove_file(path) };
+    }
+    let _ = std::fs::remove_dir(directory);
+}

@@ -113,7 +113,7 @@ fn finish(outcome: &Outcome, machine: &Machine, config: &ValidConfig) -> ExitCod
         Outcome::PowerOff => return ExitCode::PowerOff,
         Outcome::Stopped => return ExitCode::Stopped,
         Outcome::Orphaned => {
-            machine::clean_up(config);
+            machine::clean_up_for_owner(config);
             return ExitCode::Stopped;
         }
         Outcome::Reset => {
