@@ -28,13 +28,19 @@ pub enum Effect {
 /// A table of devices by address.
 #[derive(Default)]
 pub struct Bus {
-    ranges: Vec<(u64, u64, Arc<Mutex<dyn BusDevice>>)>,
+    ranges: Vec<Range>,
+}
+
+struct Range {
+    start: u64,
+    length: u64,
+    device: Arc<Mutex<dyn BusDevice>>,
 }
 
 impl Bus {
     /// Puts `device` at `[start, start + length)`. Ranges come from the address map and do not overlap.
     pub fn attach(&mut self, start: u64, length: u64, device: Arc<Mutex<dyn BusDevice>>) {
-        self.ranges.push((start, length, device));
+        self.ranges.push(Range { start, length, device });
     }
 
     /// Reads; where no device is, all bits are set, as on a PC's bus.
@@ -50,22 +56,24 @@ impl Bus {
     /// Writes; where no device is, nothing happens.
     pub fn write(&self, address: u64, data: &[u8]) -> Effect {
         match self.find(address) {
-            Some((offset, device)) => device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data),
+            Some((offset, device)) => {
+                device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data)
+            }
             None => Effect::None,
         }
     }
 
     fn find(&self, address: u64) -> Option<(u64, &Mutex<dyn BusDevice>)> {
-        self.ranges.iter().find_map(|(start, length, device)| {
-            let offset = address.checked_sub(*start)?;
-            (offset < *length).then_some((offset, &**device))
+        self.ranges.iter().find_map(|range| {
+            let offset = address.checked_sub(range.start)?;
+            (offset < range.length).then_some((offset, &*range.device))
         })
     }
 }
 
 impl fmt::Debug for Bus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.ranges.iter().map(|(start, length, _)| (start, length))).finish()
+        f.debug_list().entries(self.ranges.iter().map(|range| (range.start, range.length))).finish()
     }
 }
 

@@ -4,20 +4,19 @@
 //! vCPU threads add and remove device workers through its remote endpoint when a driver starts or resets a device.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId,
 };
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::report;
 use crate::virtio::device::{Device, DeviceError, Placement, Worker};
 use crate::virtio::irq::Interrupt;
 use crate::virtio::mmio::{Running, WorkerHost};
+use crate::{report, sys};
 
 /// What the loop holds.
 pub type Subscriber = Box<dyn MutEventSubscriber + Send>;
@@ -206,18 +205,8 @@ fn run_on_thread(mut worker: Box<dyn Worker>, stop: &EventFd, interrupt: &Interr
 }
 
 /// Waits for work; `true` means to stop.
-#[expect(unsafe_code, reason = "BorrowedFd of a descriptor known by number only")]
 fn wait(fd: RawFd, stop: &EventFd) -> io::Result<bool> {
-    // SAFETY: the worker that owns `fd` is alive for as long as its thread runs this.
-    let work = unsafe { BorrowedFd::borrow_raw(fd) };
-    // SAFETY: `stop` is borrowed for longer than the descriptor is used.
-    let stop = unsafe { BorrowedFd::borrow_raw(stop.as_raw_fd()) };
-    let mut fds = [PollFd::new(stop, PollFlags::POLLIN), PollFd::new(work, PollFlags::POLLIN)];
-    match poll(&mut fds, PollTimeout::NONE) {
-        Ok(_) => Ok(fds[0].any().unwrap_or(false)),
-        Err(nix::Error::EINTR) => Ok(false),
-        Err(error) => Err(error.into()),
-    }
+    sys::wait_readable([stop.as_raw_fd(), fd]).map(|[stop, _]| stop)
 }
 
 fn broken(name: &str, error: &DeviceError, interrupt: &Interrupt) {

@@ -1,7 +1,7 @@
 //! The boot recipe, flat and in boot order, and the life of the machine until its guest ends.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -26,6 +26,7 @@ use crate::kvm::vm::{KvmError, Vm};
 use crate::memory::{self, MemoryError};
 use crate::phase::{self, Phase};
 use crate::slots::Slots;
+use crate::sys;
 use crate::virtio::vsock::VsockError;
 
 /// How a machine ended.
@@ -76,6 +77,8 @@ pub enum MachineError {
         #[source]
         source: io::Error,
     },
+    #[error("lifeline_fd is not an open descriptor that was inherited")]
+    Lifeline(#[source] io::Error),
     #[error("Threads or signals cannot be set up")]
     Host(#[source] io::Error),
 }
@@ -112,7 +115,7 @@ impl Machine {
         let handles = Handles { vcpus: Arc::default(), stop: stop.clone(), vsock: config.vsock.clone() };
         watch_signals(&mut event_loop, &handles).map_err(MachineError::Host)?;
         if let Some(fd) = config.lifeline_fd {
-            watch_owner(&mut event_loop, fd, stop.clone());
+            watch_owner(&mut event_loop, fd, stop.clone()).map_err(MachineError::Lifeline)?;
         }
         if let Some(path) = &config.control {
             let socket = control::listen(path, handles.clone())
@@ -223,15 +226,14 @@ fn watch_signals(event_loop: &mut EventLoop, handles: &Handles) -> io::Result<()
     Ok(())
 }
 
-#[expect(unsafe_code, reason = "an inherited descriptor is known by its number only")]
-fn watch_owner(event_loop: &mut EventLoop, fd: RawFd, stop: Stop<Outcome>) {
-    // SAFETY: the configuration hands this descriptor over, and it is taken once.
-    let lifeline = unsafe { OwnedFd::from_raw_fd(fd) };
+fn watch_owner(event_loop: &mut EventLoop, fd: RawFd, stop: Stop<Outcome>) -> io::Result<()> {
+    let lifeline = sys::adopt(fd)?;
     event_loop.add_subscriber(on_readable(fd, move || {
         // Nothing is ever written to it: readable means that the other end is closed.
         let _ = &lifeline;
         stop.set(Outcome::Orphaned);
     }));
+    Ok(())
 }
 
 /// Removes the files the machine has made.

@@ -2,14 +2,14 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::FromRawFd;
+use std::os::fd::AsFd;
 use std::path::Path;
 
 use krx_vmm::config::{Config, ConfigError, ValidConfig};
 use krx_vmm::exit_code::ExitCode;
 use krx_vmm::machine::{self, Machine, MachineError, Outcome};
 use krx_vmm::phase::{self, Phase};
-use krx_vmm::{klog, report};
+use krx_vmm::{klog, report, sys};
 
 const USAGE: &str = "\
 Usage: krx-vmm --config FILE | --config-fd N
@@ -51,25 +51,14 @@ fn print(text: &str) -> ExitCode {
     ExitCode::PowerOff
 }
 
-#[expect(unsafe_code, reason = "an inherited descriptor is known by its number only")]
 fn inherited(number: &str) -> Result<File, String> {
-    let fd: i32 =
-        number.parse().map_err(|_| format!("--config-fd needs a descriptor number, not {number}"))?;
-    if fd < 3 {
-        return Err(format!("--config-fd {fd} is a standard stream"));
+    if number == "0" {
+        let stdin = std::io::stdin().as_fd().try_clone_to_owned();
+        return stdin.map(File::from).map_err(|e| format!("Standard input cannot be read\n  because: {e}"));
     }
-    let open = nix::fcntl::fcntl(borrowed(fd), nix::fcntl::FcntlArg::F_GETFD).is_ok();
-    if !open {
-        return Err(format!("--config-fd {fd} is not an open descriptor"));
-    }
-    // SAFETY: the descriptor is open, and whoever passed its number gave it to this process.
-    Ok(unsafe { File::from_raw_fd(fd) })
-}
-
-#[expect(unsafe_code, reason = "an inherited descriptor is known by its number only")]
-fn borrowed(fd: i32) -> std::os::fd::BorrowedFd<'static> {
-    // SAFETY: only passed to fcntl, which reports a descriptor that is not open.
-    unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) }
+    let fd = number.parse().map_err(|_| format!("--config-fd needs a descriptor number, not {number}"))?;
+    let file = sys::adopt(fd).map_err(|e| format!("--config-fd {fd} cannot be read\n  because: {e}"))?;
+    Ok(file.into())
 }
 
 fn run_from(file: Result<File, String>) -> ExitCode {
@@ -102,7 +91,7 @@ fn run(config: &ValidConfig) -> ExitCode {
 
 fn start_failure(error: &MachineError) -> ExitCode {
     match error {
-        MachineError::Kernel(_) | MachineError::Boot(_) => ExitCode::Config,
+        MachineError::Kernel(_) | MachineError::Boot(_) | MachineError::Lifeline(_) => ExitCode::Config,
         _ => ExitCode::Host,
     }
 }

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap};
 
@@ -36,4 +36,48 @@ pub fn map_file_into_guest(
     // reference to the replaced bytes exists; `file` is open and mmap keeps its own reference.
     let mapped = unsafe { libc::mmap(host, size, protection, flags, file.as_raw_fd(), offset) };
     if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Takes over a descriptor that this process was started with and knows by its number only.
+///
+/// # Errors
+/// `InvalidInput` for a standard stream, `EBADF` when it is not open.
+pub fn adopt(fd: RawFd) -> io::Result<OwnedFd> {
+    if fd < 3 {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: F_GETFD takes no pointer and fails cleanly on a number that is not open.
+    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is open, and whoever passed its number gave it to this process.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Waits until one of two descriptors has something to read, or was closed at the other end; says which.
+///
+/// # Errors
+/// What poll(2) says; an interrupted wait is a wait that ended without either.
+pub fn wait_readable(fds: [RawFd; 2]) -> io::Result<[bool; 2]> {
+    let mut polled = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
+    // SAFETY: the pointer and the count are those of one live, writable array; a stale number is reported in revents.
+    let count = unsafe { libc::poll(polled.as_mut_ptr(), 2, -1) };
+    let error = io::Error::last_os_error();
+    match count {
+        -1 if error.kind() != io::ErrorKind::Interrupted => Err(error),
+        -1 => Ok([false; 2]),
+        _ => Ok(polled.map(|fd| fd.revents != 0)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn standard_and_closed_descriptors_are_not_adopted() {
+        for fd in [-1, 0, 2, 100_000] {
+            assert!(adopt(fd).is_err(), "{fd}");
+        }
+    }
 }

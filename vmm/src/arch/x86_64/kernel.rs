@@ -167,7 +167,7 @@ fn segments(table: &[u8], file_length: u64) -> Result<Vec<Segment>, &'static str
 
 /// Maps the whole pages of a segment and copies the rest. Memory behind the file's part is zero already.
 fn place(memory: &GuestMemoryMmap, file: &File, segment: Segment) -> io::Result<()> {
-    let congruent = segment.offset % PAGE_SIZE == 0 && segment.guest % PAGE_SIZE == 0;
+    let congruent = segment.offset.is_multiple_of(PAGE_SIZE) && segment.guest.is_multiple_of(PAGE_SIZE);
     let mapped = if congruent { segment.file_size / PAGE_SIZE * PAGE_SIZE } else { 0 };
     if mapped > 0 {
         sys::map_file_into_guest(memory, GuestAddress(segment.guest), file, segment.offset, mapped)?;
