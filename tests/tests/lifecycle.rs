@@ -1,0 +1,149 @@
+//! What is left after every kind of end, and guests that do not play along.
+
+#![allow(clippy::tests_outside_test_module, reason = "an integration test is one")]
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::process::Stdio;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tests::guest::{self, Mode};
+use tests::pod::{Living, Place, finish, until};
+
+fn signal(pid: u32, signal: Signal) {
+    kill(Pid::from_raw(i32::try_from(pid).expect("pid")), signal).expect("kill");
+}
+
+#[test]
+fn nothing_is_left_when_the_owner_is_killed() {
+    let Some(place) = Place::new() else { return };
+    let mut pod = place.living("web");
+    signal(pod.child.id(), Signal::SIGKILL);
+    pod.child.wait().expect("wait");
+    place.assert_clean();
+}
+
+#[test]
+fn nothing_is_left_when_the_vmm_is_killed() {
+    let Some(place) = Place::new() else { return };
+    let mut pod = place.living("web");
+    kill(Pid::from_raw(place.vmm_pid("web")), Signal::SIGKILL).expect("kill");
+    assert_eq!(pod.child.wait().expect("wait").code(), Some(125));
+    let mut err = String::new();
+    std::io::Read::read_to_string(pod.child.stderr.as_mut().expect("piped"), &mut err).expect("stderr");
+    assert!(err.contains("killed by signal 9"), "{err}");
+    place.assert_clean();
+}
+
+#[test]
+fn nothing_is_left_when_both_are_killed_and_the_next_command_comes() {
+    let Some(place) = Place::new() else { return };
+    let mut pod = place.living("web");
+    let vmm = place.vmm_pid("web");
+    kill(Pid::from_raw(vmm), Signal::SIGSTOP).expect("stop");
+    signal(pod.child.id(), Signal::SIGKILL);
+    kill(Pid::from_raw(vmm), Signal::SIGKILL).expect("kill");
+    pod.child.wait().expect("wait");
+    finish(&mut place.krx(&["ps"]), b"").ok();
+    place.assert_clean();
+}
+
+#[test]
+fn nothing_is_left_of_starts_killed_at_any_moment() {
+    let Some(place) = Place::new() else { return };
+    for step in 0..12 {
+        let mut krx = place.run(&[], &["sleep", "60"]).stderr(Stdio::null()).spawn().expect("krx");
+        std::thread::sleep(Duration::from_millis(step * 150));
+        signal(krx.id(), Signal::SIGKILL);
+        krx.wait().expect("wait");
+    }
+    // Some died before their VMM could know of them: those directories are the next command's to remove.
+    std::thread::sleep(Duration::from_secs(1));
+    finish(&mut place.krx(&["ps"]), b"").ok();
+    place.assert_clean();
+}
+
+#[test]
+fn terminated_start_ends_cleanly() {
+    let Some(place) = Place::new() else { return };
+    let mut krx = place.run(&[], &["sleep", "60"]).stderr(Stdio::null()).spawn().expect("krx");
+    std::thread::sleep(Duration::from_millis(200));
+    signal(krx.id(), Signal::SIGTERM);
+    let status = until(Duration::from_secs(30), || krx.try_wait().expect("wait")).expect("krx ends");
+    assert_eq!(status.code(), Some(143), "{status:?}");
+    place.assert_clean();
+}
+
+/// Sends one request to the VMM's control socket.
+fn control(pod: &Living<'_>, request: &str) -> String {
+    let socket = pod.place.state().join(&pod.name).join("vmm.sock");
+    let mut stream = UnixStream::connect(socket).expect("control socket");
+    stream.write_all(format!("{request}\n").as_bytes()).expect("request");
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer).expect("answer");
+    answer
+}
+
+#[test]
+fn paused_guest_stands_still_until_it_is_resumed() {
+    let Some(place) = Place::new() else { return };
+    let pod = place.living("web");
+    assert!(control(&pod, r#"{"request":"pause"}"#).contains("ok"));
+    let mut exec =
+        place.krx(&["exec", "web", "--", "echo", "awake"]).stdout(Stdio::piped()).spawn().expect("krx");
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(exec.try_wait().expect("wait").is_none(), "exec ended in a paused guest");
+    assert!(control(&pod, r#"{"request":"resume"}"#).contains("ok"));
+    let output = exec.wait_with_output().expect("output");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "awake\n");
+    for bad in ["", "pause", r#"{"request":"explode"}"#, r#"{"request":"pause","now":true}"#, "[[[["] {
+        assert!(control(&pod, bad).contains("error"), "{bad}");
+    }
+    assert_eq!(pod.exec(&["true"]).code, 0);
+}
+
+#[test]
+fn shutdown_request_is_orderly() {
+    let Some(place) = Place::new() else { return };
+    let mut pod = place.living("web");
+    assert!(control(&pod, r#"{"request":"shutdown"}"#).contains("ok"));
+    let status = until(Duration::from_secs(30), || pod.child.try_wait().expect("wait")).expect("krx ends");
+    assert!(status.code().is_some_and(|code| code >= 125), "{status:?}");
+    place.assert_clean();
+}
+
+#[test]
+fn guests_that_do_not_play_along_cost_a_clear_error() {
+    let Some(place) = Place::new() else { return };
+    let cases: [(Mode, &[&str]); 6] = [
+        (Mode::Exit, &["panicked", "kill init"]),
+        (Mode::Silent, &["did not say hello"]),
+        (Mode::Version, &["version 2 of the protocol"]),
+        (Mode::Huge, &["hello"]),
+        (Mode::Garbage, &["hello"]),
+        (Mode::Liar, &["connection to the agent was lost"]),
+    ];
+    for (mode, words) in cases {
+        let initramfs = guest::initramfs(&place.host, &place.scratch, mode);
+        let mut command = place.run(&[], &["true"]);
+        let ended = finish(command.env("KRX_INITRAMFS", initramfs).env("KRX_BOOT_TIMEOUT", "8"), b"");
+        assert_eq!(ended.code, 125, "{mode:?}: {ended:?}");
+        for word in words {
+            assert!(ended.err.contains(word), "{mode:?}: no `{word}` in {}", ended.err);
+        }
+        assert!(!ended.err.contains("panicked at"), "{mode:?}: {}", ended.err);
+        place.assert_clean();
+    }
+}
+
+#[test]
+fn many_starts_in_a_row_leave_nothing() {
+    let Some(place) = Place::new() else { return };
+    for number in 0..10 {
+        let ended = place.sh(&["--name", "again"], &format!("echo {number}")).ok();
+        assert_eq!(ended.out, format!("{number}\n"));
+    }
+    place.assert_clean();
+}

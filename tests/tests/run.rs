@@ -1,0 +1,192 @@
+//! `krx run` and its companions, as a person uses them.
+
+#![allow(clippy::tests_outside_test_module, reason = "an integration test is one")]
+
+use std::process::Stdio;
+
+use tests::pod::{Place, finish};
+
+#[test]
+fn python_computes() {
+    let Some(place) = Place::new() else { return };
+    let ended = finish(&mut place.run(&[], &["python3", "-c", "print(6*7)"]), b"").ok();
+    assert_eq!((ended.out.as_str(), ended.err.as_str()), ("42\n", ""));
+    place.assert_clean();
+}
+
+#[test]
+fn exit_status_is_the_process_own() {
+    let Some(place) = Place::new() else { return };
+    assert_eq!(place.sh(&[], "exit 7").code, 7);
+    assert_eq!(place.sh(&[], "kill -KILL $$").code, 128 + 9);
+    let missing = finish(&mut place.run(&[], &["no-such-program"]), b"");
+    assert_eq!(missing.code, 127, "{missing:?}");
+    assert!(missing.err.contains("no-such-program"), "{missing:?}");
+    let plain = finish(&mut place.run(&[], &["/etc/passwd"]), b"");
+    assert_eq!(plain.code, 126, "{plain:?}");
+    assert!(plain.err.contains("/etc/passwd"), "{plain:?}");
+    place.assert_clean();
+}
+
+#[test]
+fn output_streams_are_separate() {
+    let Some(place) = Place::new() else { return };
+    let ended = place.sh(&[], "echo out; echo err >&2").ok();
+    assert_eq!((ended.out.as_str(), ended.err.as_str()), ("out\n", "err\n"));
+}
+
+#[test]
+fn environment_directory_user_and_hostname_are_given() {
+    let Some(place) = Place::new() else { return };
+    let options = [
+        "-e",
+        "COLOUR=blue and green",
+        "-w",
+        "/var/tmp",
+        "-u",
+        "1234:5678",
+        "--hostname",
+        "ship",
+        "--cpus",
+        "2",
+    ];
+    let ended = place.sh(&options, "echo $COLOUR; pwd; id -u; id -g; hostname; nproc").ok();
+    assert_eq!(ended.out, "blue and green\n/var/tmp\n1234\n5678\nship\n2\n");
+}
+
+#[test]
+fn memory_is_what_was_asked_for() {
+    let Some(place) = Place::new() else { return };
+    let ended = place.sh(&["--memory", "192M"], "grep MemTotal /proc/meminfo").ok();
+    let kib: u64 = ended.out.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("MemTotal");
+    assert!((140 << 10..192 << 10).contains(&kib), "{kib} KiB");
+}
+
+#[test]
+fn container_is_confined_in_its_own_namespaces() {
+    let Some(place) = Place::new() else { return };
+    let script =
+        "echo $$; cat /proc/self/attr/current 2>/dev/null; mount | grep -c krx; ls /proc | grep -c '^1$'";
+    assert!(place.sh(&[], script).out.starts_with("1\n"));
+    // Not even root in the container may load, mount or reboot.
+    let refused = place
+        .sh(&[], "mount -t tmpfs none /mnt || echo refused; echo 1 >/proc/sys/kernel/panic || echo refused");
+    assert_eq!(refused.out, "refused\nrefused\n");
+    let capabilities = place.sh(&[], "grep CapEff /proc/self/status").ok();
+    assert!(capabilities.out.contains("00000000a80425fb"), "{capabilities:?}");
+}
+
+#[test]
+fn read_only_root_refuses_writes() {
+    let Some(place) = Place::new() else { return };
+    let ended =
+        place.sh(&["--read-only"], "touch /x || echo refused; echo data >/dev/shm/y && cat /dev/shm/y");
+    assert_eq!(ended.out, "refused\ndata\n");
+}
+
+#[test]
+fn timings_name_every_phase_in_order() {
+    let Some(place) = Place::new() else { return };
+    let ended = finish(&mut place.run(&["--timings=json"], &["echo", "x"]), b"").ok();
+    let line = ended.err.lines().last().expect("timings");
+    let json: serde_json::Value = serde_json::from_str(line).expect("JSON");
+    let phases = json["phases"].as_array().expect("phases");
+    assert!(phases.len() >= 10, "{line}");
+    let times: Vec<_> = phases.iter().filter_map(|phase| phase["monotonic_ns"].as_u64()).collect();
+    assert_eq!(times.len(), phases.len());
+    assert!(times.is_sorted(), "{line}");
+    let table = finish(&mut place.run(&["--timings"], &["echo", "x"]), b"").ok();
+    assert!(table.err.lines().count() >= 10, "{table:?}");
+}
+
+#[test]
+fn exec_ps_and_kill_reach_a_running_pod() {
+    let Some(place) = Place::new() else { return };
+    let mut pod = place.living("web");
+    assert_eq!(pod.exec(&["echo", "inside"]).ok().out, "inside\n");
+    assert_eq!(pod.exec(&["sh", "-c", "exit 3"]).code, 3);
+    assert_eq!(pod.exec(&["no-such-program"]).code, 127);
+    let ps = finish(&mut place.krx(&["ps"]), b"").ok();
+    assert!(ps.out.contains("web"), "{ps:?}");
+    let taken = finish(&mut place.run(&["--name", "web"], &["true"]), b"");
+    assert_eq!(taken.code, 125);
+    assert!(taken.err.contains("web") && taken.err.contains("in use"), "{taken:?}");
+    finish(&mut place.krx(&["kill", "-s", "KILL", "web"]), b"").ok();
+    assert_eq!(pod.child.wait().expect("wait").code(), Some(137));
+    let gone = finish(&mut place.krx(&["exec", "web", "--", "true"]), b"");
+    assert_eq!(gone.code, 125, "{gone:?}");
+    place.assert_clean();
+}
+
+#[test]
+fn two_pods_run_at_once() {
+    let Some(place) = Place::new() else { return };
+    let children: Vec<_> = ["a", "b"]
+        .into_iter()
+        .map(|name| {
+            let script = "sleep 2; hostname; cat /proc/sys/kernel/random/boot_id";
+            let mut command = place.run(&["--name", name, "--hostname", name], &["sh", "-c", script]);
+            command.stdout(Stdio::piped()).spawn().expect("krx")
+        })
+        .collect();
+    let outputs: Vec<_> =
+        children.into_iter().map(|child| child.wait_with_output().expect("output")).collect();
+    let lines: Vec<Vec<_>> =
+        outputs.iter().map(|o| std::str::from_utf8(&o.stdout).expect("text").lines().collect()).collect();
+    assert_eq!((lines[0][0], lines[1][0]), ("a", "b"));
+    assert_ne!(lines[0][1], lines[1][1], "two VMs have two boots");
+    place.assert_clean();
+}
+
+#[test]
+fn bundle_runs() {
+    let Some(place) = Place::new() else { return };
+    let rootfs = place.host.rootfs();
+    let config = serde_json::json!({
+        "ociVersion": "1.2.0",
+        "root": {"path": rootfs, "readonly": true},
+        "hostname": "bundled",
+        "process": {
+            "args": ["sh", "-c", "hostname; echo $GREETING; id -u; umask; touch /x 2>/dev/null || echo read-only"],
+            "cwd": "/", "env": ["PATH=/usr/bin:/bin", "GREETING=hello"], "user": {"uid": 65534, "gid": 65534, "umask": 63},
+            "noNewPrivileges": true
+        },
+        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+        "linux": {"namespaces": [{"type": "pid"}, {"type": "uts"}, {"type": "mount"}, {"type": "ipc"}]}
+    });
+    place.scratch.write("bundle/config.json", config.to_string());
+    let bundle = place.scratch.join("bundle");
+    let ended = finish(&mut place.krx(&["run", "--bundle", &bundle.to_string_lossy()]), b"").ok();
+    assert_eq!(ended.out, "bundled\nhello\n65534\n0077\nread-only\n");
+}
+
+#[test]
+fn bad_input_is_refused_before_anything_starts() {
+    let Some(place) = Place::new() else { return };
+    let root = place.host.rootfs();
+    let root = root.to_string_lossy();
+    let cases: [(&[&str], &str); 14] = [
+        (&["--rootfs", "/nonexistent", "--", "true"], "/nonexistent"),
+        (&["--rootfs", "/etc/passwd", "--", "true"], "/etc/passwd"),
+        (&["--bundle", "/nonexistent"], "/nonexistent"),
+        (&["--rootfs", &root, "--memory", "0", "--", "true"], "emory"),
+        (&["--rootfs", &root, "--memory", "1M", "--", "true"], "emory"),
+        (&["--rootfs", &root, "--memory", "1P", "--", "true"], "emory"),
+        (&["--rootfs", &root, "--memory=-1", "--", "true"], "emory"),
+        (&["--rootfs", &root, "--cpus", "0", "--", "true"], "CPU"),
+        (&["--rootfs", &root, "--cpus", "1000", "--", "true"], "CPU"),
+        (&["--rootfs", &root, "-v", "/nonexistent:/data", "--", "true"], "/nonexistent"),
+        (&["--rootfs", &root, "-v", "/tmp:data", "--", "true"], "data"),
+        (&["--rootfs", &root, "--kernel", "/nonexistent", "--", "true"], "/nonexistent"),
+        (&["--rootfs", &root, "--name", "../x", "--", "true"], "../x"),
+        (&["--rootfs", &root, "--colour", "--", "true"], "--colour"),
+    ];
+    for (arguments, word) in cases {
+        let arguments: Vec<_> = [&["run"], arguments].concat();
+        let ended = finish(&mut place.krx(&arguments), b"");
+        assert_eq!(ended.code, 125, "{arguments:?}: {ended:?}");
+        assert!(ended.err.contains(word), "{arguments:?}: {ended:?}");
+        assert!(!ended.err.contains("panicked at"), "{ended:?}");
+    }
+    place.assert_clean();
+}

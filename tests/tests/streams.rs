@@ -1,0 +1,246 @@
+//! Standard streams and terminals: bytes in, bytes out, and who waits for whom.
+
+#![allow(clippy::tests_outside_test_module, reason = "an integration test is one")]
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use nix::pty::{Winsize, openpty};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use sha2::{Digest, Sha256};
+use tests::pod::{Place, finish, until};
+
+/// Bytes that differ from each other and from run to run of a pattern.
+fn noise(length: usize) -> Vec<u8> {
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    let mut bytes = Vec::with_capacity(length);
+    while bytes.len() < length {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend(state.to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
+}
+
+/// Resident memory of a process that is not shared with files, in KiB.
+fn resident_kib(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find(|line| line.starts_with("RssAnon")).unwrap_or_default();
+    line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).unwrap_or_default()
+}
+
+fn pid(child: &Child) -> Pid {
+    Pid::from_raw(i32::try_from(child.id()).expect("pid"))
+}
+
+#[test]
+fn large_input_comes_back_whole_to_a_slow_reader_without_memory_growth() {
+    const SIZE: usize = 128 << 20;
+    let Some(place) = Place::new() else { return };
+    let mut command = place.run(&["-i", "--name", "cat"], &["cat"]);
+    let mut krx = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("krx");
+    let input = noise(SIZE);
+    let expected = Sha256::digest(&input);
+    let mut stdin = krx.stdin.take().expect("piped");
+    let writer = thread::spawn(move || stdin.write_all(&input).map(|()| drop(stdin)));
+    let mut stdout = krx.stdout.take().expect("piped");
+    let (mut hash, mut total, mut peak) = (Sha256::new(), 0, (0, 0));
+    let mut buffer = vec![0; 1 << 20];
+    let mut vmm = None;
+    loop {
+        let read = stdout.read(&mut buffer).expect("stdout");
+        if read == 0 {
+            break;
+        }
+        hash.update(&buffer[..read]);
+        // Every 16 MiB the reader sleeps: all before it must wait and none may hoard.
+        if total / (16 << 20) != (total + read) / (16 << 20) {
+            thread::sleep(Duration::from_millis(300));
+            let vmm = *vmm.get_or_insert_with(|| place.vmm_pid("cat").unsigned_abs());
+            let guest = 256 << 10;
+            peak = (peak.0.max(resident_kib(krx.id())), peak.1.max(resident_kib(vmm).saturating_sub(guest)));
+        }
+        total += read;
+    }
+    writer.join().expect("writer").expect("written");
+    assert_eq!(total, SIZE);
+    assert_eq!(hash.finalize(), expected);
+    assert!(krx.wait().expect("wait").success());
+    assert!(peak.0 < 16 << 10, "krx grew to {} KiB", peak.0);
+    assert!(peak.1 < 16 << 10, "the VMM grew to {} KiB beyond the guest", peak.1);
+}
+
+#[test]
+fn input_ends_where_it_ends() {
+    let Some(place) = Place::new() else { return };
+    let ended = finish(&mut place.run(&["-i"], &["sh", "-c", "wc -c; echo after"]), b"12345").ok();
+    assert_eq!(ended.out, "5\nafter\n");
+    // Without -i there is no input at all, whatever the caller's is.
+    let ended = finish(&mut place.run(&[], &["wc", "-c"]), b"12345").ok();
+    assert_eq!(ended.out, "0\n");
+}
+
+#[test]
+fn every_byte_passes() {
+    let Some(place) = Place::new() else { return };
+    let bytes: Vec<u8> = (0..=255).cycle().take(70_001).collect();
+    let mut command = place.run(&["-i"], &["cat"]);
+    let mut krx = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("krx");
+    let mut stdin = krx.stdin.take().expect("piped");
+    let sent = bytes.clone();
+    thread::spawn(move || stdin.write_all(&sent));
+    assert_eq!(krx.wait_with_output().expect("output").stdout, bytes);
+}
+
+#[test]
+fn process_end_does_not_wait_for_input() {
+    let Some(place) = Place::new() else { return };
+    let mut command = place.run(&["-i"], &["true"]);
+    let mut krx = command.stdin(Stdio::piped()).spawn().expect("krx");
+    let _open = krx.stdin.take();
+    let ended = until(Duration::from_secs(60), || krx.try_wait().expect("wait"));
+    assert!(ended.is_some_and(|status| status.success()), "{ended:?}");
+}
+
+#[test]
+fn reader_that_leaves_ends_the_writer() {
+    let Some(place) = Place::new() else { return };
+    let mut command = place.run(&[], &["yes"]);
+    let mut krx = command.stdout(Stdio::piped()).spawn().expect("krx");
+    let mut stdout = krx.stdout.take().expect("piped");
+    stdout.read_exact(&mut [0; 4096]).expect("output");
+    drop(stdout);
+    let status =
+        until(Duration::from_secs(60), || krx.try_wait().expect("wait")).expect("krx goes on without reader");
+    assert_eq!(status.code(), Some(128 + 13), "{status:?}");
+    place.assert_clean();
+}
+
+#[test]
+fn interrupt_is_forwarded() {
+    let Some(place) = Place::new() else { return };
+    for (signal, script, code) in [
+        (Signal::SIGINT, "trap 'echo caught; exit 5' INT; echo up; while :; do sleep 0.1; done", 5),
+        (Signal::SIGTERM, "trap 'exit 6' TERM; echo up; while :; do sleep 0.1; done", 6),
+    ] {
+        let mut command = place.run(&[], &["sh", "-c", script]);
+        let mut krx = command.stdout(Stdio::piped()).spawn().expect("krx");
+        krx.stdout.as_mut().expect("piped").read_exact(&mut [0; 3]).expect("up");
+        kill(pid(&krx), signal).expect("signal");
+        let output = krx.wait_with_output().expect("output");
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+    }
+}
+
+/// A terminal with `krx` on it, as its session's leader.
+struct Terminal {
+    master: File,
+    krx: Child,
+}
+
+impl Terminal {
+    fn new(place: &Place, options: &[&str], command: &[&str]) -> Self {
+        let size = Winsize { ws_row: 33, ws_col: 99, ws_xpixel: 0, ws_ypixel: 0 };
+        let pty = openpty(Some(&size), None).expect("pty");
+        let krx = place.run(options, command);
+        // setsid(1) makes the terminal the controlling one.
+        let mut on_terminal = Command::new("setsid");
+        on_terminal.args(["--ctty", "--wait"]).arg(krx.get_program()).args(krx.get_args());
+        on_terminal.env("KRX_STATE_DIR", place.state()).env("TERM", "xterm-256color");
+        let slave = |fd: &OwnedFd| Stdio::from(fd.try_clone().expect("clone"));
+        let krx =
+            on_terminal.stdin(slave(&pty.slave)).stdout(slave(&pty.slave)).stderr(slave(&pty.slave)).spawn();
+        Self { master: pty.master.into(), krx: krx.expect("setsid") }
+    }
+
+    fn type_in(&mut self, text: &str) {
+        self.master.write_all(text.as_bytes()).expect("terminal");
+    }
+
+    /// Reads until `word` was shown.
+    fn expect(&mut self, word: &str) -> String {
+        let mut seen = Vec::new();
+        let deadline = std::time::Instant::now() + Duration::from_secs(90);
+        while !String::from_utf8_lossy(&seen).contains(word) {
+            let left = deadline.saturating_duration_since(std::time::Instant::now());
+            let text = String::from_utf8_lossy(&seen).into_owned();
+            let fd =
+                nix::poll::PollFd::new(std::os::fd::AsFd::as_fd(&self.master), nix::poll::PollFlags::POLLIN);
+            let timeout = nix::poll::PollTimeout::try_from(left).unwrap_or(nix::poll::PollTimeout::MAX);
+            let ready = nix::poll::poll(&mut [fd], timeout).expect("poll");
+            assert!(ready > 0, "`{word}` did not appear in {text:?}");
+            let mut buffer = [0; 4096];
+            let read = self.master.read(&mut buffer).unwrap_or_else(|error| panic!("{error} after {text:?}"));
+            seen.extend_from_slice(&buffer[..read]);
+        }
+        String::from_utf8_lossy(&seen).into_owned()
+    }
+
+    fn end(mut self) -> i32 {
+        let status = until(Duration::from_secs(60), || self.krx.try_wait().expect("wait")).expect("krx ends");
+        status.code().unwrap_or(128 + status.signal().unwrap_or_default())
+    }
+}
+
+#[test]
+fn terminal_session_behaves() {
+    let Some(place) = Place::new() else { return };
+    let mut terminal = Terminal::new(&place, &["-i", "-t"], &["sh"]);
+    terminal.expect("# ");
+    terminal.type_in("tty; stty size; echo $TERM\n");
+    let shown = terminal.expect("xterm");
+    assert!(shown.contains("/dev/pts/") || shown.contains("/dev/console"), "{shown}");
+    assert!(shown.contains("33 99"), "{shown}");
+    // Ctrl-C reaches the foreground process and nothing else.
+    terminal.type_in("sleep 1000\n");
+    thread::sleep(Duration::from_secs(1));
+    terminal.type_in("\x03");
+    terminal.type_in("echo still-$((40+2))\n");
+    terminal.expect("still-42");
+    resize(&terminal.master, 50, 120);
+    thread::sleep(Duration::from_secs(1));
+    terminal.type_in("stty size\n");
+    terminal.expect("50 120");
+    terminal.type_in("exit 9\n");
+    assert_eq!(terminal.end(), 9);
+    place.assert_clean();
+}
+
+#[test]
+fn terminal_is_as_it_was_after_the_run() {
+    let Some(place) = Place::new() else { return };
+    let terminal = Terminal::new(&place, &["-i", "-t"], &["sh", "-c", "exit 4"]);
+    let before = nix::sys::termios::tcgetattr(&terminal.master).expect("termios");
+    let master = terminal.master.try_clone().expect("clone");
+    assert_eq!(terminal.end(), 4);
+    let after = nix::sys::termios::tcgetattr(&master).expect("termios");
+    assert_eq!(before.local_flags, after.local_flags);
+    assert_eq!(before.input_flags, after.input_flags);
+}
+
+#[test]
+fn terminal_option_without_a_terminal_is_refused() {
+    let Some(place) = Place::new() else { return };
+    let ended = finish(&mut place.run(&["-i", "-t"], &["true"]), b"");
+    assert_eq!(ended.code, 125, "{ended:?}");
+    assert!(ended.err.contains("terminal"), "{ended:?}");
+}
+
+fn resize(master: &File, rows: u16, columns: u16) {
+    // stty(1) sets the size and the kernel tells the foreground group of the terminal, which is krx.
+    let fd = master.try_clone().expect("clone");
+    debug_assert!(fd.as_raw_fd() > 2);
+    let status = Command::new("stty")
+        .args(["rows", &rows.to_string(), "cols", &columns.to_string()])
+        .stdin(Stdio::from(fd))
+        .status();
+    assert!(status.expect("stty").success());
+}
