@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the guest kernel: build.sh [OUT]
 #
-# x86_64.config over `make allnoconfig` of Debian's linux-source package gives target/guest/vmlinux (or OUT). What is cached lies
+# x86_64.config over `make allnoconfig` of Debian's linux-source package gives target/guest/vmlinux (or OUT), and a bzImage beside it. What is cached lies
 # in target/guest/linux: src/ (the unpacked source), build/ (objects), stamp (what the vmlinux was made of, so that a call with
 # nothing to do costs milliseconds).
 #
@@ -89,6 +89,7 @@ need flex flex
 need bison bison
 need bc bc
 need xz xz-utils
+need gzip gzip
 if command -v gcc >/dev/null; then
     echo '#include <gelf.h>' | gcc -E -x c - >/dev/null 2>&1 || missing+=(libelf-dev)
     echo '#include <stdio.h>' | gcc -E -x c - >/dev/null 2>&1 || missing+=(libc6-dev)
@@ -102,13 +103,14 @@ unreachable=(
     '*/drivers/gpu/*.[ch]' '*/drivers/media/*.[ch]' '*/drivers/net/ethernet/*.[ch]' '*/drivers/net/wireless/*.[ch]'
     '*/drivers/scsi/*.[ch]' '*/drivers/infiniband/*.[ch]' '*/drivers/staging/*.[ch]' '*/drivers/usb/*.[ch]'
     '*/drivers/clk/*.[ch]' '*/drivers/pinctrl/*.[ch]' '*/sound/*.[ch]'
-    '*/arch/[!x]*/*' '*/arch/xtensa' '*/Documentation/*/*' '*/tools/testing' '*/tools/perf' '*.dts' '*.dtsi'
+    '*/arch/[!x]*/*.[chS]' '*/arch/xtensa/*.[chS]' '*/Documentation/*/*' '*/tools/testing' '*/tools/perf' '*.dts' '*.dtsi'
 )
 if [[ -d $source ]]; then
     tree=$(cd "$source" && pwd)
 else
     tree=$cache/src
-    if [[ $(cat "$cache/unpacked" 2>/dev/null) != "$identity" ]]; then
+    unpacked="$identity without ${unreachable[*]}"
+    if [[ $(cat "$cache/unpacked" 2>/dev/null) != "$unpacked" ]]; then
         say "unpacking $source"
         rm -rf "$tree" "$cache/unpacked" "$cache/build"
         mkdir -p "$tree"
@@ -121,7 +123,7 @@ else
         *) decompress=(cat) ;;
         esac
         "${decompress[@]}" "$source" | tar -x -C "$tree" --strip-components=1 "${unreachable[@]/#/--exclude=}"
-        echo "$identity" >"$cache/unpacked"
+        echo "$unpacked" >"$cache/unpacked"
     fi
 fi
 
@@ -156,7 +158,7 @@ jobs=${JOBS:-$(nproc)}
 say "compiling $(grep -c '=y$' "$build/.config") options' worth with $jobs jobs; log in $build/make.log"
 objects=0 shown=0
 SECONDS=0
-if ! kmake -j"$jobs" vmlinux 2>&1 | tee "$build/make.log" | while IFS= read -r line; do
+if ! kmake -j"$jobs" vmlinux bzImage 2>&1 | tee "$build/make.log" | while IFS= read -r line; do
     case $line in
     *'  CC '* | *'  AS '*) objects=$((objects + 1)) ;;
     *'  LD '*vmlinux* | *'  SORTTAB '*) say "linking ${line##* } after $objects objects, $SECONDS s" ;;
@@ -170,4 +172,6 @@ done; then
     fail "make failed; the whole log is $build/make.log"
 fi
 say "compiled in $SECONDS s"
+# The same kernel as a bzImage, for those who boot it elsewhere.
+cp "$build/arch/x86/boot/bzImage" "$(dirname "$out")/bzImage"
 install_kernel "$build/vmlinux"
