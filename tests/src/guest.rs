@@ -1,4 +1,4 @@
-//! The init that misbehaves: what it can be told to do instead of being an agent (see `bin/odd-init.rs`).
+//! The init that misbehaves: what it can be told to do instead of being an agent (`guest-agent/examples/odd-init.rs`).
 
 use std::fs;
 use std::path::PathBuf;
@@ -31,17 +31,6 @@ pub enum Mode {
 }
 
 impl Mode {
-    pub const ALL: [Self; 8] = [
-        Self::Exit,
-        Self::Silent,
-        Self::Version,
-        Self::Huge,
-        Self::Garbage,
-        Self::Mute,
-        Self::Liar,
-        Self::Redial,
-    ];
-
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -54,11 +43,6 @@ impl Mode {
             Self::Liar => "liar",
             Self::Redial => "redial",
         }
-    }
-
-    #[must_use]
-    pub fn by_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|mode| mode.name() == name)
     }
 }
 

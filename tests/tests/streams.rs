@@ -186,7 +186,7 @@ impl Terminal {
 
     fn end(mut self) -> i32 {
         let status = until(Duration::from_secs(60), || self.krx.try_wait().expect("wait")).expect("krx ends");
-        status.code().unwrap_or(128 + status.signal().unwrap_or_default())
+        status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default())
     }
 }
 

@@ -56,7 +56,10 @@ fn large_file_hashes_the_same_in_both_directions() {
     let mut file = File::create(&path).expect("file");
     let mut block = vec![0_u8; 1 << 20];
     for number in 0..LARGE >> 20 {
-        block.iter_mut().zip(0_usize..).for_each(|(byte, i)| *byte = (i * 31 + number * 17 + i / 4096) as u8);
+        block
+            .iter_mut()
+            .zip(0_usize..)
+            .for_each(|(byte, i)| *byte = (i * 31 + number * 17 + i / 4096).to_le_bytes()[0]);
         file.write_all(&block).expect("write");
     }
     drop(file);

@@ -9,32 +9,31 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
-use krx_proto::{
-    Answer, GuestInfo, MAX_FRAME, Message, VERSION, io_port, mark, port, read_frame, write_frame,
-};
+use krx_proto::{Answer, GuestInfo, Message, VERSION, io_port, mark, port, read_frame, write_frame};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, connect, socket};
-use tests::guest::{MODE_FILE, Mode};
 
 const HOST_CID: u32 = 2;
+/// Says what to do, see the tests' `guest::Mode`.
+const MODE_FILE: &str = "/mode";
 
 fn main() -> io::Result<()> {
     let ports = OpenOptions::new().write(true).open("/dev/port")?;
     ports.write_all_at(&[mark::PID1], io_port::BOOT_MARK.into())?;
     let mode = std::fs::read_to_string(MODE_FILE)?;
-    match Mode::by_name(&mode) {
-        Some(Mode::Exit) => return Ok(()),
-        Some(Mode::Silent) => {}
-        Some(Mode::Version) => write_frame(&mut &dial()?, &hello(VERSION + 1)).map_err(io::Error::other)?,
-        Some(Mode::Huge) => dial()?.write_all(&[0xff; MAX_FRAME])?,
-        Some(Mode::Garbage) => dial()?.write_all(&[4, 0, 0, 0, 0xde, 0xad, 0xbe, 0xef])?,
-        Some(Mode::Mute) => {
+    match mode.as_str() {
+        "exit" => return Ok(()),
+        "silent" => {}
+        "version" => write_frame(&mut &dial()?, &hello(VERSION + 1)).map_err(io::Error::other)?,
+        "huge" => dial()?.write_all(&[0xff; 4096])?,
+        "garbage" => dial()?.write_all(&[4, 0, 0, 0, 0xde, 0xad, 0xbe, 0xef])?,
+        "mute" => {
             let mut owner = dial()?;
             write_frame(&mut owner, &hello(VERSION)).map_err(io::Error::other)?;
             io::copy(&mut owner, &mut io::sink())?;
         }
-        Some(Mode::Liar) => lie(&dial()?)?,
-        Some(Mode::Redial) => redial(),
-        None => eprintln!("odd-init: no mode {mode}"),
+        "liar" => lie(&dial()?)?,
+        "redial" => redial(),
+        mode => eprintln!("odd-init: no mode {mode}"),
     }
     thread::sleep(Duration::from_secs(3600));
     Ok(())
