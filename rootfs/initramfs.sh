@@ -61,6 +61,8 @@ trap 'rm -f "$partial"' EXIT
     entry dev/null 0020666 1 3
     # The agent says "PID 1 runs" through an I/O port before it mounts anything.
     entry dev/port 0020600 1 4
+    # Its log goes to the kernel's, which the VMM reads out of a dead guest.
+    entry dev/kmsg 0020600 1 11
     entry init 0100755 "$agent"
     entry 'TRAILER!!!' 0
 } >"$partial"

@@ -1,0 +1,90 @@
+//! The cgroup of a container: it holds all of its processes, wherever they fork to, and can end them at once.
+//! Limits are not set here.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
+
+use crate::error::{Doing, StepError};
+
+/// Parent of all containers' cgroups.
+pub(crate) const PARENT: &str = "/sys/fs/cgroup/krx";
+
+/// Processes that were killed may take a moment to leave their cgroup; so often it is tried again, so long between.
+const REMOVE_ATTEMPTS: u32 = 50;
+const REMOVE_PAUSE: Duration = Duration::from_millis(2);
+/// A container that may write its own cgroup tree can nest cgroups deeply to exhaust the agent's stack.
+const MAX_DEPTH: u32 = 32;
+
+/// One container's cgroup; removed by [`Cgroup::remove`], not by being dropped.
+#[derive(Debug)]
+pub(crate) struct Cgroup {
+    path: PathBuf,
+    directory: OwnedFd,
+}
+
+impl Cgroup {
+    pub(crate) fn create(id: &str) -> Result<Self, StepError> {
+        let path = Path::new(PARENT).join(id);
+        let doing = || format!("Cannot make the cgroup {}", path.display());
+        fs::create_dir(&path).doing(doing)?;
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let directory = open(&path, flags, Mode::empty()).doing(doing)?;
+        Ok(Self { path, directory })
+    }
+
+    /// Kills every process in it.
+    pub(crate) fn kill(&self) -> io::Result<()> {
+        fs::write(self.path.join("cgroup.kill"), "1")
+    }
+
+    /// PIDs of all processes in it, those in cgroups the container made below included.
+    pub(crate) fn processes(&self) -> Vec<i32> {
+        let mut found = Vec::new();
+        collect(&self.path, MAX_DEPTH, &mut found);
+        found
+    }
+
+    /// Removes it. What cannot be removed after a while is left behind: it holds no process that matters.
+    pub(crate) fn remove(&self) {
+        let _ = self.kill();
+        for _ in 0..REMOVE_ATTEMPTS {
+            match remove_tree(&self.path, MAX_DEPTH) {
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => thread::sleep(REMOVE_PAUSE),
+                _ => return,
+            }
+        }
+    }
+}
+
+impl AsFd for Cgroup {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
+    }
+}
+
+fn collect(cgroup: &Path, depth: u32, found: &mut Vec<i32>) {
+    let listed = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    found.extend(listed.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|pid| *pid > 0));
+    if depth > 0 {
+        children(cgroup).for_each(|child| collect(&child, depth - 1, found));
+    }
+}
+
+fn remove_tree(cgroup: &Path, depth: u32) -> io::Result<()> {
+    if depth > 0 {
+        children(cgroup).try_for_each(|child| remove_tree(&child, depth - 1))?;
+    }
+    fs::remove_dir(cgroup)
+}
+
+fn children(cgroup: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(cgroup).into_iter().flatten().flatten();
+    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path())
+}

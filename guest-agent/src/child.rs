@@ -1,0 +1,240 @@
+//! What happens between the fork and the exec, in the process that will be the container's.
+//!
+//! It prepares everything, reports, waits to be started, and execs. The agent has one thread, so the child may do what
+//! any process may; it never returns to the agent's code, and keeps none of the agent's descriptors.
+//!
+//! The agent made itself undumpable, which the child inherits until its exec: nobody in the container it enters can
+//! look into its memory or its descriptors.
+
+use std::io::IoSlice;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use krx_proto::{AgentError, ErrorKind, TerminalSize};
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open, openat};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::SigSet;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::sys::stat::{Mode, SFlag, fstat, umask};
+use nix::unistd::{Gid, Uid, fchdir, fchown, read, sethostname, setsid, write};
+
+use crate::container::ContainerPlan;
+use crate::error::{Doing, StepError};
+use crate::process::ProcessPlan;
+use crate::rootfs::{self, Root};
+use crate::sys;
+use crate::terminal::Pair;
+
+/// Longest report, so that a program name of megabytes does not exceed what the socket takes.
+pub(crate) const MAX_REPORT: usize = 4096;
+const MAX_MESSAGE: usize = 2048;
+/// Soft limit of descriptors a process starts with: what Linux gives, programs with select(2) rely on it.
+const USUAL_DESCRIPTORS: u64 = 1024;
+
+/// What the child holds of what it shares with the agent.
+#[derive(Debug)]
+pub(crate) struct ChildEnds {
+    pub(crate) sync: OwnedFd,
+    pub(crate) stdio: ChildStdio,
+}
+
+#[derive(Debug)]
+pub(crate) enum ChildStdio {
+    Streams { stdin: OwnedFd, stdout: OwnedFd, stderr: OwnedFd },
+    Terminal(TerminalSize),
+}
+
+/// What the child says to the agent: once when it is ready, and again when its exec has failed.
+pub(crate) type Report = Result<(), AgentError>;
+
+/// The container's first process; it is in the container's namespaces already, but for the cgroup namespace.
+pub(crate) fn first(plan: &ContainerPlan, ends: &ChildEnds) -> ! {
+    run(ends, &plan.process, &[], || {
+        let proc = open_proc()?;
+        // Here and not at the fork: its root is the cgroup of the process that makes it.
+        let cgroup = plan.namespaces & CloneFlags::CLONE_NEWCGROUP;
+        unshare(cgroup).doing(|| "Cannot make the cgroup namespace")?;
+        if plan.namespaces.contains(CloneFlags::CLONE_NEWNET) {
+            sys::socket::loopback_up().doing(|| "Cannot set the loopback interface up")?;
+        }
+        if let Some(hostname) = &plan.hostname {
+            sethostname(hostname).doing(|| format!("Cannot set the hostname {hostname}"))?;
+        }
+        let root = rootfs::enter(&plan.root, &plan.process.cwd)?;
+        plan.sysctls.iter().try_for_each(|(path, value)| set_sysctl(proc.as_fd(), path, value))?;
+        Ok(Entered { root, proc, is_first: true })
+    })
+}
+
+/// A further process: it joins the namespaces of the first one.
+pub(crate) fn further(plan: &ProcessPlan, ends: &ChildEnds, first: BorrowedFd<'_>, joined: CloneFlags) -> ! {
+    run(ends, plan, &[first], || {
+        let proc = open_proc()?;
+        setns(first, joined).doing(|| "Cannot join the container's namespaces")?;
+        Ok(Entered { root: Root::own()?, proc, is_first: false })
+    })
+}
+
+/// Where a child is once it is in its container.
+struct Entered {
+    root: Root,
+    /// The guest's `/proc`, which the container's may not resemble.
+    proc: OwnedFd,
+    is_first: bool,
+}
+
+fn run(
+    ends: &ChildEnds,
+    plan: &ProcessPlan,
+    keep: &[BorrowedFd<'_>],
+    enter: impl FnOnce() -> Result<Entered, StepError>,
+) -> ! {
+    let prepared = leave_agent(ends, keep).and_then(|()| enter()).and_then(|at| prepare(&at, plan, ends));
+    let sync = ends.sync.as_fd();
+    let ready = match &prepared {
+        Ok(controller) => report(sync, &Ok(()), controller.as_ref()),
+        Err(_) => Err(Errno::ECANCELED),
+    };
+    if let Err(error) = prepared {
+        let _ = report(sync, &Err(error.into()), None);
+    }
+    // The end of file: the agent is gone, or has no more use for this process.
+    if ready.is_err() || read(sync, &mut [0]) != Ok(1) {
+        sys::process::exit(1);
+    }
+    let error = plan.exec();
+    let code = if error.kind == ErrorKind::CommandNotFound { 127 } else { 126 };
+    let _ = report(sync, &Err(error), None);
+    sys::process::exit(code)
+}
+
+/// Stops being a copy of the agent: its descriptors, signal settings and session.
+fn leave_agent(ends: &ChildEnds, keep: &[BorrowedFd<'_>]) -> Result<(), StepError> {
+    let mut kept = vec![ends.sync.as_fd()];
+    if let ChildStdio::Streams { stdin, stdout, stderr } = &ends.stdio {
+        kept.extend([stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]);
+    }
+    kept.extend(keep);
+    let kept = kept.iter().map(AsRawFd::as_raw_fd).chain(0..3);
+    let mut kept: Vec<u32> = kept.filter_map(|raw| raw.try_into().ok()).collect();
+    for (from, to) in gaps(&mut kept) {
+        sys::process::close_range(from, to).doing(|| "Cannot close the agent's descriptors")?;
+    }
+    sys::process::restore_sigpipe().doing(|| "Cannot reset SIGPIPE")?;
+    SigSet::empty().thread_set_mask().doing(|| "Cannot unblock signals")?;
+    setsid().doing(|| "Cannot make a session")?;
+    umask(Mode::empty());
+    Ok(())
+}
+
+/// The ranges of descriptors between those to keep.
+fn gaps(keep: &mut [u32]) -> Vec<(u32, u32)> {
+    keep.sort_unstable();
+    let mut first = 0;
+    let mut gaps = Vec::new();
+    for kept in keep.iter().copied() {
+        if kept > first {
+            gaps.push((first, kept - 1));
+        }
+        first = first.max(kept + 1);
+    }
+    gaps.push((first, u32::MAX));
+    gaps
+}
+
+/// Everything but the exec. Returns the controlling end of the terminal, if there is one.
+fn prepare(at: &Entered, plan: &ProcessPlan, ends: &ChildEnds) -> Result<Option<OwnedFd>, StepError> {
+    let hard = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
+        .doing(|| "Cannot read the limit of descriptors")?
+        .1;
+    sys::process::set_rlimit(libc::RLIMIT_NOFILE, USUAL_DESCRIPTORS.min(hard), hard)
+        .doing(|| "Cannot set the limit of descriptors")?;
+    plan.limit()?;
+    if let Some(score) = plan.oom_score_adj {
+        write_file(at.proc.as_fd(), "self/oom_score_adj", &score.to_string())
+            .doing(|| format!("Cannot set oom_score_adj to {score}"))?;
+    }
+    let controller = connect_stdio(at, plan, &ends.stdio)?;
+    // Not by chdir(2): a path through /proc could lead to a descriptor.
+    let cwd = &plan.cwd;
+    let directory = at.root.open(cwd, OFlag::O_PATH | OFlag::O_DIRECTORY);
+    directory.and_then(fchdir).doing(|| format!("Cannot change to the working directory {cwd}"))?;
+    plan.credentials.apply()?;
+    umask(Mode::from_bits_truncate(plan.umask));
+    Ok(controller)
+}
+
+fn connect_stdio(at: &Entered, plan: &ProcessPlan, stdio: &ChildStdio) -> Result<Option<OwnedFd>, StepError> {
+    let doing = || "Cannot connect the standard streams";
+    let user = &plan.credentials.user;
+    match stdio {
+        ChildStdio::Streams { stdin, stdout, stderr } => {
+            for (stream, number) in [(stdin, 0), (stdout, 1), (stderr, 2)] {
+                // A process may open its streams anew by /proc/self/fd; only their owner can. /dev/null is nobody's.
+                let mode = SFlag::from_bits_truncate(fstat(stream).doing(doing)?.st_mode);
+                if mode & SFlag::S_IFMT == SFlag::S_IFIFO {
+                    fchown(stream, Some(Uid::from_raw(user.uid)), Some(Gid::from_raw(user.gid)))
+                        .doing(doing)?;
+                }
+                sys::process::duplicate_onto(stream.as_fd(), number).doing(doing)?;
+            }
+            Ok(None)
+        }
+        ChildStdio::Terminal(size) => {
+            let pair = Pair::open(&at.root, *size)?;
+            if at.is_first {
+                pair.show_as_console(&at.root)?;
+            }
+            fchown(&pair.peer, Some(Uid::from_raw(user.uid)), None).doing(doing)?;
+            sys::terminal::set_controlling(pair.peer.as_fd())
+                .doing(|| "Cannot make the terminal the controlling one")?;
+            for number in 0..3 {
+                sys::process::duplicate_onto(pair.peer.as_fd(), number).doing(doing)?;
+            }
+            Ok(Some(pair.controller))
+        }
+    }
+}
+
+fn open_proc() -> Result<OwnedFd, StepError> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    open("/proc", flags, Mode::empty()).doing(|| "Cannot open the guest's /proc")
+}
+
+/// Kernel parameters of the container's namespaces: the kernel shows each process those of its own.
+fn set_sysctl(proc: BorrowedFd<'_>, path: &str, value: &str) -> Result<(), StepError> {
+    write_file(proc, &format!("sys/{path}"), value)
+        .doing(|| format!("Cannot set the kernel parameter {path} to {value}"))
+}
+
+fn write_file(directory: BorrowedFd<'_>, path: &str, text: &str) -> nix::Result<()> {
+    let file = openat(directory, path, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+    // These files take a value in one write or not at all.
+    write(file, text.as_bytes()).map(drop)
+}
+
+fn report(sync: BorrowedFd<'_>, report: &Report, terminal: Option<&OwnedFd>) -> nix::Result<()> {
+    let report = report.clone().map_err(|mut error| {
+        let end =
+            (0..=MAX_MESSAGE.min(error.message.len())).rev().find(|at| error.message.is_char_boundary(*at));
+        error.message.truncate(end.unwrap_or(0));
+        error
+    });
+    let bytes = krx_proto::encode(&report).map_err(|_| Errno::EMSGSIZE)?;
+    let raw: Vec<_> = terminal.map(AsRawFd::as_raw_fd).into_iter().collect();
+    let control = [ControlMessage::ScmRights(&raw)];
+    let control = if raw.is_empty() { &[] } else { &control[..] };
+    sendmsg::<()>(sync.as_raw_fd(), &[IoSlice::new(&bytes)], control, MsgFlags::MSG_NOSIGNAL, None).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gaps_are_what_is_between_the_kept() {
+        assert_eq!(gaps(&mut [7, 0, 2, 1, 5]), [(3, 4), (6, 6), (8, u32::MAX)]);
+        assert_eq!(gaps(&mut [0, 1, 2, 3]), [(4, u32::MAX)]);
+        assert_eq!(gaps(&mut [3, 3]), [(0, 2), (4, u32::MAX)]);
+    }
+}

@@ -1,0 +1,292 @@
+//! From a container as the host describes it to a plan that can be carried out: everything that can be judged by
+//! looking is judged here, before any process exists. Pure; `rootfs` and `child` carry the plan out.
+
+use std::ffi::CString;
+
+use krx_proto::{AgentError, ContainerSpec, Mount, Namespace, validate_id};
+use nix::sched::CloneFlags;
+
+use crate::error::invalid;
+use crate::mount_options::{Bind, MountOptions};
+use crate::process::{ProcessPlan, c_string};
+
+/// Caps on a container's lists. A frame's size bounds them too, but every mount costs kernel memory that is charged to
+/// nobody.
+const MAX_MOUNTS: usize = 4096;
+const MAX_PATHS: usize = 4096;
+/// `HOST_NAME_MAX` of Linux.
+const MAX_HOSTNAME: usize = 64;
+
+/// A container ready to be made.
+#[derive(Debug)]
+pub(crate) struct ContainerPlan {
+    /// New namespaces, the mount namespace included.
+    pub(crate) namespaces: CloneFlags,
+    pub(crate) hostname: Option<String>,
+    pub(crate) root: RootPlan,
+    /// Files below `/proc/sys`, and what is written to them.
+    pub(crate) sysctls: Vec<(String, String)>,
+    pub(crate) process: ProcessPlan,
+}
+
+/// The container's file system view.
+#[derive(Debug)]
+pub(crate) struct RootPlan {
+    pub(crate) path: CString,
+    pub(crate) readonly: bool,
+    pub(crate) mounts: Vec<MountPlan>,
+    pub(crate) masked: Vec<String>,
+    pub(crate) readonly_paths: Vec<String>,
+}
+
+#[derive(Debug)]
+pub(crate) struct MountPlan {
+    pub(crate) destination: String,
+    pub(crate) what: MountKind,
+    pub(crate) options: MountOptions,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum MountKind {
+    /// A directory or file of the guest.
+    Bind {
+        source: CString,
+        recursive: bool,
+    },
+    FileSystem {
+        kind: CString,
+        parameters: Vec<(CString, Option<CString>)>,
+    },
+}
+
+impl ContainerPlan {
+    pub(crate) fn new(spec: ContainerSpec) -> Result<Self, AgentError> {
+        if !validate_id(&spec.id) {
+            return Err(invalid(format_args!("id: {:?} cannot name a container", spec.id)));
+        }
+        let namespaces = namespaces(&spec.namespaces);
+        check_hostname(spec.hostname.as_deref(), namespaces)?;
+        let lists = [
+            (spec.mounts.len(), MAX_MOUNTS, "mounts"),
+            (spec.masked_paths.len(), MAX_PATHS, "masked_paths"),
+            (spec.readonly_paths.len(), MAX_PATHS, "readonly_paths"),
+            (spec.sysctls.len(), MAX_PATHS, "sysctls"),
+        ];
+        if let Some((length, most, field)) = lists.into_iter().find(|(length, most, _)| length > most) {
+            return Err(invalid(format_args!("{field}: {length} are too many, at most {most} are allowed")));
+        }
+        check_absolute("rootfs", &spec.rootfs)?;
+        for path in &spec.masked_paths {
+            check_absolute("masked_paths", path)?;
+        }
+        for path in &spec.readonly_paths {
+            check_absolute("readonly_paths", path)?;
+        }
+        Ok(Self {
+            namespaces,
+            hostname: spec.hostname,
+            root: RootPlan {
+                path: c_string("rootfs", spec.rootfs)?,
+                readonly: spec.root_readonly,
+                mounts: mounts(spec.mounts)?,
+                masked: spec.masked_paths,
+                readonly_paths: spec.readonly_paths,
+            },
+            sysctls: spec.sysctls.into_iter().map(sysctl).collect::<Result<_, _>>()?,
+            process: ProcessPlan::new(spec.process)?,
+        })
+    }
+}
+
+fn namespaces(wanted: &[Namespace]) -> CloneFlags {
+    let flag = |namespace: &Namespace| match namespace {
+        Namespace::Pid => CloneFlags::CLONE_NEWPID,
+        Namespace::Ipc => CloneFlags::CLONE_NEWIPC,
+        Namespace::Uts => CloneFlags::CLONE_NEWUTS,
+        Namespace::Network => CloneFlags::CLONE_NEWNET,
+        Namespace::Cgroup => CloneFlags::CLONE_NEWCGROUP,
+    };
+    wanted.iter().map(flag).fold(CloneFlags::CLONE_NEWNS, CloneFlags::union)
+}
+
+fn check_hostname(hostname: Option<&str>, namespaces: CloneFlags) -> Result<(), AgentError> {
+    let Some(hostname) = hostname else { return Ok(()) };
+    if !namespaces.contains(CloneFlags::CLONE_NEWUTS) {
+        return Err(invalid("hostname: needs a UTS namespace of the container's own"));
+    }
+    if hostname.is_empty() || hostname.len() > MAX_HOSTNAME || hostname.contains(['\0', '\n', '/']) {
+        return Err(invalid(format_args!("hostname: {hostname:?} is not one of 1 to {MAX_HOSTNAME} bytes")));
+    }
+    Ok(())
+}
+
+fn check_absolute(field: &str, path: &str) -> Result<(), AgentError> {
+    if path.starts_with('/') && !path.contains('\0') {
+        return Ok(());
+    }
+    Err(invalid(format_args!("{field}: {path:?} is not an absolute path")))
+}
+
+/// The spec's mounts in their order; a container that brings no `/dev` gets one, for its device nodes must not be
+/// made in its image.
+fn mounts(wanted: Vec<Mount>) -> Result<Vec<MountPlan>, AgentError> {
+    let is_dev = |mount: &Mount| mount.destination.trim_end_matches('/') == "/dev";
+    let dev = Mount {
+        destination: "/dev".into(),
+        kind: "tmpfs".into(),
+        source: "tmpfs".into(),
+        options: ["nosuid", "strictatime", "mode=755", "size=65536k"].map(String::from).into(),
+    };
+    let missing = if wanted.iter().any(is_dev) { None } else { Some(dev) };
+    missing.into_iter().chain(wanted).map(mount).collect()
+}
+
+fn mount(wanted: Mount) -> Result<MountPlan, AgentError> {
+    let Mount { destination, kind, source, options } = wanted;
+    check_absolute("mounts: destination", &destination)?;
+    let mut options = MountOptions::parse(&options);
+    let parameters = std::mem::take(&mut options.parameters);
+    let bind = if kind == "bind" { options.bind.or(Some(Bind { recursive: false })) } else { options.bind };
+    let what = if let Some(Bind { recursive }) = bind {
+        check_absolute("mounts: source", &source)?;
+        if let Some((name, _)) = parameters.first() {
+            return Err(invalid(format_args!(
+                "mounts: a bind mount has no option {name:?} (destination {destination})"
+            )));
+        }
+        MountKind::Bind { source: c_string("mounts: source", source)?, recursive }
+    } else {
+        file_system(&kind, source, parameters)?
+    };
+    Ok(MountPlan { destination, what, options })
+}
+
+fn file_system(
+    kind: &str,
+    source: String,
+    parameters: Vec<(String, Option<String>)>,
+) -> Result<MountKind, AgentError> {
+    // OCI's name for whichever version the system has; a guest has version 2.
+    let kind = if kind == "cgroup" { "cgroup2" } else { kind };
+    let source = (!source.is_empty()).then(|| ("source".to_string(), Some(source)));
+    let parameters = source.into_iter().chain(parameters).map(|(name, value)| {
+        let value = value.map(|value| c_string("mounts: options", value)).transpose()?;
+        Ok((c_string("mounts: options", name)?, value))
+    });
+    Ok(MountKind::FileSystem {
+        kind: c_string("mounts: type", kind.into())?,
+        parameters: parameters.collect::<Result<_, AgentError>>()?,
+    })
+}
+
+/// `net.ipv4.ip_forward` names `net/ipv4/ip_forward`; a name with slashes is taken as it is, since names of interfaces
+/// may have dots.
+fn sysctl((name, value): (String, String)) -> Result<(String, String), AgentError> {
+    let path = if name.contains('/') { name.clone() } else { name.replace('.', "/") };
+    let steps = path.split('/').all(|part| !matches!(part, "" | "." | ".."));
+    if !steps || path.contains('\0') {
+        return Err(invalid(format_args!("sysctls: {name:?} is not the name of a kernel parameter")));
+    }
+    Ok((path, value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use krx_proto::{ErrorKind, ProcessSpec};
+
+    fn spec() -> ContainerSpec {
+        ContainerSpec {
+            id: "web".into(),
+            rootfs: "/run/krx/share/web".into(),
+            process: ProcessSpec { args: vec!["true".into()], cwd: "/".into(), ..Default::default() },
+            ..Default::default()
+        }
+    }
+
+    fn refused(spec: ContainerSpec, field: &str) {
+        let error = ContainerPlan::new(spec).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Invalid);
+        assert!(error.message.starts_with(field), "{}", error.message);
+    }
+
+    fn mounted(kind: &str, source: &str, options: &[&str]) -> ContainerSpec {
+        let mount = Mount {
+            destination: "/m".into(),
+            kind: kind.into(),
+            source: source.into(),
+            options: options.iter().map(ToString::to_string).collect(),
+        };
+        ContainerSpec { mounts: vec![mount], ..spec() }
+    }
+
+    #[test]
+    fn a_container_always_has_a_dev_of_its_own() {
+        let plan = ContainerPlan::new(spec()).unwrap();
+        assert_eq!(plan.root.mounts[0].destination, "/dev");
+        let mut own = mounted("tmpfs", "tmpfs", &[]);
+        own.mounts[0].destination = "/dev/".into();
+        assert_eq!(ContainerPlan::new(own).unwrap().root.mounts.len(), 1);
+    }
+
+    #[test]
+    fn every_bad_field_is_named() {
+        refused(ContainerSpec { id: "../x".into(), ..spec() }, "id:");
+        refused(ContainerSpec { rootfs: "rel".into(), ..spec() }, "rootfs:");
+        refused(ContainerSpec { rootfs: "/a\0b".into(), ..spec() }, "rootfs:");
+        refused(ContainerSpec { hostname: Some("h".into()), ..spec() }, "hostname:");
+        refused(ContainerSpec { masked_paths: vec!["x".into()], ..spec() }, "masked_paths:");
+        refused(ContainerSpec { readonly_paths: vec!["x".into()], ..spec() }, "readonly_paths:");
+        refused(ContainerSpec { sysctls: vec![("a/../b".into(), "1".into())], ..spec() }, "sysctls:");
+        refused(ContainerSpec { process: ProcessSpec::default(), ..spec() }, "process.args:");
+        refused(mounted("bind", "rel", &[]), "mounts: source:");
+        refused(mounted("bind", "/s", &["size=1"]), "mounts:");
+        refused(mounted("tm\0pfs", "", &[]), "mounts: type:");
+    }
+
+    #[test]
+    fn a_hostname_is_bounded() {
+        let with = |name: &str| ContainerSpec {
+            hostname: Some(name.into()),
+            namespaces: vec![Namespace::Uts],
+            ..spec()
+        };
+        refused(with(&"h".repeat(65)), "hostname:");
+        refused(with(""), "hostname:");
+        assert!(ContainerPlan::new(with("web-1")).is_ok());
+    }
+
+    #[test]
+    fn lists_are_bounded() {
+        let paths = vec!["/x".to_string(); MAX_PATHS + 1];
+        refused(ContainerSpec { masked_paths: paths, ..spec() }, "masked_paths:");
+    }
+
+    #[test]
+    fn bind_is_known_by_type_or_by_option() {
+        for (kind, options, recursive) in
+            [("bind", &[] as &[&str], false), ("none", &["rbind"], true), ("bind", &["rbind"], true)]
+        {
+            let plan = ContainerPlan::new(mounted(kind, "/s", options)).unwrap();
+            let expected = MountKind::Bind { source: c"/s".into(), recursive };
+            assert_eq!(plan.root.mounts[1].what, expected);
+        }
+    }
+
+    #[test]
+    fn cgroup_means_version_2() {
+        let plan = ContainerPlan::new(mounted("cgroup", "cgroup", &["ro"])).unwrap();
+        let MountKind::FileSystem { kind, parameters } = &plan.root.mounts[1].what else { panic!() };
+        assert_eq!(kind.as_c_str(), c"cgroup2");
+        assert_eq!(parameters[..], [(c"source".into(), Some(c"cgroup".into()))]);
+    }
+
+    #[test]
+    fn sysctl_names_become_paths() {
+        let named = |name: &str| sysctl((name.into(), "1".into())).map(|(path, _)| path);
+        assert_eq!(named("net.ipv4.ip_forward").unwrap(), "net/ipv4/ip_forward");
+        assert_eq!(named("net/ipv4/conf/eth0.1/mtu").unwrap(), "net/ipv4/conf/eth0.1/mtu");
+        assert!(named("").is_err());
+        assert!(named("net..x").is_err());
+    }
+}

@@ -1,0 +1,412 @@
+//! The containers and processes there are: makes them, signals them, takes note of their end, forgets them.
+//!
+//! No call waits here for a process: what a call starts is answered by a later event, through [`Containers::replies`].
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use krx_proto::{
+    AgentError, Answer, ContainerSpec, ErrorKind, ExitStatus, ProcessInfo, ProcessSpec, Request, StreamHello,
+    TerminalSize, validate_id,
+};
+use nix::errno::Errno;
+use nix::sched::{CloneFlags, setns};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::unistd::write;
+
+use crate::cgroup::Cgroup;
+use crate::child::{self, ChildEnds, MAX_REPORT, Report};
+use crate::container::ContainerPlan;
+use crate::error::{Doing, StepError, invalid};
+use crate::lifecycle::{Caller, Lifecycle, Next, Reply, wrong_state};
+use crate::process::ProcessPlan;
+use crate::relay::Relay;
+use crate::stdio::Streams;
+use crate::sys;
+
+/// More containers than a pod has. Stops a host gone wild from using up the guest's descriptors.
+const MAX_CONTAINERS: usize = 128;
+/// Processes made by the host, ended ones that it has not deleted included; for the same reason.
+const MAX_PROCESSES: usize = 512;
+/// Linux has signals 1 to 64; 0 asks whether the process is there.
+const SIGNALS: std::ops::RangeInclusive<i32> = 0..=64;
+
+/// All containers of the pod.
+#[derive(Debug)]
+pub(crate) struct Containers {
+    containers: BTreeMap<String, Container>,
+    replies: Vec<Reply>,
+    /// Finds the way back to the agent's own PID namespace.
+    own: OwnedFd,
+}
+
+#[derive(Debug)]
+struct Container {
+    namespaces: CloneFlags,
+    cgroup: Cgroup,
+    /// The first process, whose namespaces are the container's.
+    first: OwnedFd,
+    /// By id; the first process has the empty one.
+    processes: BTreeMap<String, Process>,
+}
+
+#[derive(Debug)]
+struct Process {
+    pid: i32,
+    life: Lifecycle,
+    streams: Streams,
+    /// Until its exec.
+    sync: Option<OwnedFd>,
+}
+
+impl Containers {
+    pub(crate) fn new() -> Result<Self, StepError> {
+        let own = sys::process::own_pidfd().doing(|| "Cannot open the agent's own pidfd")?;
+        Ok(Self { containers: BTreeMap::new(), replies: Vec::new(), own })
+    }
+
+    /// Carries out a call. Its reply is in [`Self::replies`], at once or some day.
+    pub(crate) fn call(&mut self, caller: Caller, request: Request) {
+        let result = match request {
+            Request::Create(spec) => self.create(caller, *spec),
+            Request::Exec { container, process, spec } => self.exec(caller, &container, process, *spec),
+            Request::Start { container, process } => self.start(caller, &container, &process),
+            Request::Wait { container, process } => self.wait(caller, &container, &process),
+            Request::Signal { container, process, signal, all } => {
+                self.signal(&container, &process, signal, all).map(Some)
+            }
+            Request::Resize { container, process, size } => self.resize(&container, &process, size).map(Some),
+            Request::Delete { container, process } => self.delete(&container, &process).map(Some),
+            Request::List => Ok(Some(self.list())),
+            // The server's own: it ends all of this.
+            Request::Shutdown => Ok(Some(Answer::Done)),
+        };
+        match result {
+            Ok(None) => {}
+            Ok(Some(answer)) => self.replies.push((caller, Ok(answer))),
+            Err(error) => self.replies.push((caller, Err(error))),
+        }
+    }
+
+    /// Takes the replies that are due.
+    pub(crate) fn replies(&mut self) -> Vec<Reply> {
+        std::mem::take(&mut self.replies)
+    }
+
+    /// Joins a connection to the stream it asks for. `None`: there is no such stream to be had.
+    pub(crate) fn attach(&mut self, hello: &StreamHello, connection: OwnedFd) -> Option<Vec<Relay>> {
+        let process = self.containers.get_mut(&hello.container)?.processes.get_mut(&hello.process)?;
+        process.streams.attach(hello.stream, connection)
+    }
+
+    /// Connections to the processes that have not exec'd yet, with their PIDs.
+    pub(crate) fn waits_for(&self) -> impl Iterator<Item = (i32, BorrowedFd<'_>)> {
+        let processes = self.containers.values().flat_map(|container| container.processes.values());
+        processes.filter_map(|process| Some((process.pid, process.sync.as_ref()?.as_fd())))
+    }
+
+    /// Takes the reports of a process that has not exec'd yet.
+    pub(crate) fn take_reports(&mut self, pid: i32) {
+        let Some(process) = self
+            .containers
+            .values_mut()
+            .flat_map(|container| container.processes.values_mut())
+            .find(|p| p.pid == pid)
+        else {
+            return;
+        };
+        process.take_reports(&mut self.replies);
+    }
+
+    /// A child of the agent has ended: one of these processes, or an orphan of one.
+    pub(crate) fn reaped(&mut self, pid: i32, status: ExitStatus) {
+        let found = self.containers.iter_mut().find_map(|(id, container)| {
+            let (name, process) = container.processes.iter_mut().find(|(_, process)| process.pid == pid)?;
+            process.take_reports(&mut self.replies);
+            let next = process.life.exited(status, &mut self.replies);
+            process.sync = None;
+            Some((id.clone(), name.clone(), next))
+        });
+        let Some((id, name, next)) = found else { return };
+        let forget = next == Next::Forget;
+        if name.is_empty() {
+            if forget {
+                self.remove_container(&id);
+            } else if let Some(container) = self.containers.get(&id) {
+                // Those of its own PID namespace are dead by now; others may not be.
+                let _ = container.cgroup.kill();
+            }
+        } else if forget && let Some(container) = self.containers.get_mut(&id) {
+            container.processes.remove(&name);
+        }
+    }
+
+    /// A control connection is gone.
+    pub(crate) fn forget_connection(&mut self, connection: u32) {
+        for process in self.containers.values_mut().flat_map(|container| container.processes.values_mut()) {
+            process.life.forget_connection(connection);
+        }
+    }
+
+    /// Kills everything. True when nothing is left alive.
+    pub(crate) fn kill_all(&mut self) -> bool {
+        for container in self.containers.values() {
+            let _ = container.cgroup.kill();
+        }
+        let mut processes = self.containers.values().flat_map(|container| container.processes.values());
+        processes.all(|process| process.life.has_exited())
+    }
+
+    fn create(&mut self, caller: Caller, spec: ContainerSpec) -> Result<Option<Answer>, AgentError> {
+        let id = spec.id.clone();
+        let plan = ContainerPlan::new(spec)?;
+        if self.containers.contains_key(&id) {
+            return Err(AgentError::new(ErrorKind::Exists, format_args!("Container {id} exists already")));
+        }
+        if self.containers.len() >= MAX_CONTAINERS {
+            return Err(failed(format_args!("{MAX_CONTAINERS} containers exist already")));
+        }
+        self.check_process_count()?;
+        let cgroup = Cgroup::create(&id)?;
+        // The cgroup namespace is the child's to make, when it is in its cgroup.
+        let at_fork = plan.namespaces & !CloneFlags::CLONE_NEWCGROUP;
+        let forked = fork(caller, &plan.process, at_fork, cgroup.as_fd(), |ends| child::first(&plan, ends));
+        match forked {
+            Ok((process, first)) => {
+                let processes = BTreeMap::from([(String::new(), process)]);
+                let container = Container { namespaces: plan.namespaces, cgroup, first, processes };
+                self.containers.insert(id, container);
+                Ok(None)
+            }
+            Err(error) => {
+                cgroup.remove();
+                Err(error.into())
+            }
+        }
+    }
+
+    fn exec(
+        &mut self,
+        caller: Caller,
+        container_id: &str,
+        id: String,
+        spec: ProcessSpec,
+    ) -> Result<Option<Answer>, AgentError> {
+        if !validate_id(&id) {
+            return Err(invalid(format_args!("process: {id:?} cannot name a process")));
+        }
+        let plan = ProcessPlan::new(spec)?;
+        self.check_process_count()?;
+        let container = find(&mut self.containers, container_id)?;
+        if container.processes.contains_key(&id) {
+            return Err(AgentError::new(ErrorKind::Exists, format_args!("Process {id} exists already")));
+        }
+        // The first process may still be on its way in, and its namespaces are not the container's before it is there.
+        let first = container.processes.get("");
+        if !first.is_some_and(|first| first.life.is_in_place()) {
+            return Err(wrong_state("The container is not running"));
+        }
+        let namespaces = container.namespaces;
+        let joined = namespaces & !CloneFlags::CLONE_NEWPID;
+        let shares_pids = !namespaces.contains(CloneFlags::CLONE_NEWPID);
+        let doing = || "Cannot join the container's PID namespace";
+        if !shares_pids {
+            setns(&container.first, CloneFlags::CLONE_NEWPID).doing(doing)?;
+        }
+        let (cgroup, first) = (container.cgroup.as_fd(), container.first.as_fd());
+        let forked = fork(caller, &plan, CloneFlags::empty(), cgroup, |ends| {
+            child::further(&plan, ends, first, joined)
+        });
+        if !shares_pids {
+            setns(&self.own, CloneFlags::CLONE_NEWPID).doing(doing)?;
+        }
+        container.processes.insert(id, forked?.0);
+        Ok(None)
+    }
+
+    fn start(
+        &mut self,
+        caller: Caller,
+        container: &str,
+        process: &str,
+    ) -> Result<Option<Answer>, AgentError> {
+        let process = find_process(&mut self.containers, container, process)?;
+        if process.life.start(caller)? == Next::Release {
+            process.release();
+        }
+        Ok(None)
+    }
+
+    fn wait(&mut self, caller: Caller, container: &str, process: &str) -> Result<Option<Answer>, AgentError> {
+        let process = find_process(&mut self.containers, container, process)?;
+        process.life.wait(caller, &mut self.replies).map(|()| None)
+    }
+
+    fn signal(&mut self, id: &str, process: &str, signal: i32, all: bool) -> Result<Answer, AgentError> {
+        if !SIGNALS.contains(&signal) {
+            return Err(invalid(format_args!("signal: {signal} is not the number of a signal")));
+        }
+        let container = find(&mut self.containers, id)?;
+        if all {
+            if signal == libc::SIGKILL {
+                container.cgroup.kill().doing(|| "Cannot kill the container's processes")?;
+            } else {
+                for pid in container.cgroup.processes() {
+                    // One that has ended in the meantime needs no signal.
+                    let _ = sys::process::kill(pid, signal);
+                }
+            }
+            return Ok(Answer::Done);
+        }
+        let process = container.process(process)?;
+        if process.life.has_exited() {
+            return Err(wrong_state("The process has ended"));
+        }
+        // Not reaped, so the PID is still this process's.
+        sys::process::kill(process.pid, signal).doing(|| format!("Cannot send signal {signal}"))?;
+        Ok(Answer::Done)
+    }
+
+    fn resize(&mut self, container: &str, process: &str, size: TerminalSize) -> Result<Answer, AgentError> {
+        let process = find_process(&mut self.containers, container, process)?;
+        match process.streams.resize(size) {
+            Some(result) => Ok(result.map(|()| Answer::Done)?),
+            None => Err(wrong_state("The process has no terminal")),
+        }
+    }
+
+    fn delete(&mut self, container_id: &str, id: &str) -> Result<Answer, AgentError> {
+        let container = find(&mut self.containers, container_id)?;
+        if !container.process(id)?.life.has_exited() {
+            return Err(wrong_state("The process has not ended"));
+        }
+        if id.is_empty() {
+            self.remove_container(container_id);
+        } else if let Some(process) = container.processes.remove(id) {
+            self.replies.extend(process.life.abandon());
+        }
+        Ok(Answer::Done)
+    }
+
+    fn remove_container(&mut self, id: &str) {
+        let Some(container) = self.containers.remove(id) else { return };
+        container.cgroup.remove();
+        self.replies.extend(container.processes.into_values().flat_map(|process| process.life.abandon()));
+    }
+
+    fn list(&self) -> Answer {
+        let processes = self.containers.iter().flat_map(|(container, there)| {
+            there.processes.iter().map(|(process, known)| ProcessInfo {
+                container: container.clone(),
+                process: process.clone(),
+                pid: known.public_pid(),
+                state: known.life.public(),
+            })
+        });
+        Answer::Processes(processes.collect())
+    }
+
+    fn check_process_count(&self) -> Result<(), AgentError> {
+        let count: usize = self.containers.values().map(|container| container.processes.len()).sum();
+        if count < MAX_PROCESSES {
+            return Ok(());
+        }
+        Err(failed(format_args!("{MAX_PROCESSES} processes exist already: delete those that have ended")))
+    }
+}
+
+impl Container {
+    fn process(&mut self, id: &str) -> Result<&mut Process, AgentError> {
+        let missing = || AgentError::new(ErrorKind::NotFound, format_args!("There is no process {id:?}"));
+        self.processes.get_mut(id).ok_or_else(missing)
+    }
+}
+
+impl Process {
+    fn public_pid(&self) -> u32 {
+        self.pid.try_into().unwrap_or(0)
+    }
+
+    /// Lets it exec.
+    fn release(&self) {
+        if let Some(sync) = &self.sync {
+            // Where it is dead already, its end is the next event.
+            let _ = write(sync, &[1]);
+        }
+    }
+
+    fn take_reports(&mut self, replies: &mut Vec<Reply>) {
+        while let Some(sync) = &self.sync {
+            let mut buffer = [0; MAX_REPORT];
+            let (length, terminal) = match sys::socket::receive(sync.as_fd(), &mut buffer) {
+                Err(Errno::EAGAIN | Errno::EINTR) => return,
+                // Any other error ends the connection as its close does.
+                Err(_) => (0, None),
+                Ok(received) => received,
+            };
+            if length == 0 {
+                self.sync = None;
+                self.life.disconnected(replies);
+                return;
+            }
+            let frame = krx_proto::read_frame::<Report>(&mut &buffer[..length]);
+            match frame.unwrap_or_else(|_| Err(failed(format_args!("The process sent no valid report")))) {
+                Ok(()) => {
+                    if let Some(terminal) = terminal {
+                        self.streams.set_terminal(terminal);
+                    }
+                    if self.life.ready(self.public_pid(), replies) == Next::Release {
+                        self.release();
+                    }
+                }
+                Err(error) => self.life.failed(error),
+            }
+        }
+    }
+}
+
+/// Forks a child that runs `body`, and ends should that return.
+fn fork(
+    caller: Caller,
+    plan: &ProcessPlan,
+    namespaces: CloneFlags,
+    cgroup: BorrowedFd<'_>,
+    body: impl FnOnce(&ChildEnds),
+) -> Result<(Process, OwnedFd), StepError> {
+    let doing = || "Cannot make a process";
+    let (streams, stdio) = Streams::new(plan)?;
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let (sync, child_sync) =
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).doing(doing)?;
+    let ends = ChildEnds { sync: child_sync, stdio };
+    match sys::process::fork_into(namespaces, cgroup).doing(doing)? {
+        None => {
+            body(&ends);
+            sys::process::exit(1)
+        }
+        Some(sys::process::Child { pid, pidfd }) => {
+            let process = Process { pid, life: Lifecycle::new(caller), streams, sync: Some(sync) };
+            Ok((process, pidfd))
+        }
+    }
+}
+
+fn find<'a>(
+    containers: &'a mut BTreeMap<String, Container>,
+    id: &str,
+) -> Result<&'a mut Container, AgentError> {
+    let missing = || AgentError::new(ErrorKind::NotFound, format_args!("There is no container {id:?}"));
+    containers.get_mut(id).ok_or_else(missing)
+}
+
+fn find_process<'a>(
+    containers: &'a mut BTreeMap<String, Container>,
+    container: &str,
+    process: &str,
+) -> Result<&'a mut Process, AgentError> {
+    find(containers, container)?.process(process)
+}
+
+fn failed(message: std::fmt::Arguments<'_>) -> AgentError {
+    AgentError::new(ErrorKind::Failed, message)
+}

@@ -1,0 +1,67 @@
+//! The guest as a whole: its own mounts, its facts, and where its log goes.
+
+use std::fmt;
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+
+use krx_proto::{GuestInfo, SHARE_PATH, SHARE_TAG};
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::sys::sysinfo::sysinfo;
+use nix::sys::utsname::uname;
+use nix::time::{ClockId, clock_gettime};
+use nix::unistd::Pid;
+
+use crate::error::{Doing, StepError};
+
+/// Where the guest's cgroup tree is mounted.
+pub(crate) const CGROUPS: &str = "/sys/fs/cgroup";
+
+/// Facts that need no mounts, so that the hello can be sent before there are any.
+pub(crate) fn info() -> GuestInfo {
+    let online = sched_getaffinity(Pid::from_raw(0)).unwrap_or_else(|_| CpuSet::new());
+    let cpus = (0..CpuSet::count()).filter(|cpu| online.is_set(*cpu) == Ok(true)).count();
+    GuestInfo {
+        kernel: uname().map_or_else(|_| String::new(), |name| name.release().to_string_lossy().into_owned()),
+        memory_kib: sysinfo().map_or(0, |info| info.ram_total() / 1024),
+        cpus: u32::try_from(cpus).unwrap_or(0),
+        uptime_ns: clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(0, |time| {
+            let part = |number: i64| u64::try_from(number).unwrap_or(0);
+            part(time.tv_sec()).saturating_mul(1_000_000_000).saturating_add(part(time.tv_nsec()))
+        }),
+    }
+}
+
+/// Mounts what the agent itself stands on. A guest without the share's device is a guest without a share.
+pub(crate) fn mount_all() -> Result<(), StepError> {
+    let hardened = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount_one("proc", "/proc", hardened)?;
+    mount_one("sysfs", "/sys", hardened)?;
+    mount_one("cgroup2", CGROUPS, hardened)?;
+    mount_one("tmpfs", "/run", MsFlags::MS_NOSUID | MsFlags::MS_NODEV)?;
+    for directory in [SHARE_PATH, crate::cgroup::PARENT] {
+        fs::create_dir_all(directory).doing(|| format!("Cannot make {directory}"))?;
+    }
+    // Programs of an image may be set-uid; device nodes in it are never the container's to use.
+    let none: Option<&str> = None;
+    match mount(Some(SHARE_TAG), SHARE_PATH, Some("virtiofs"), MsFlags::MS_NODEV, none) {
+        // The kernel's answer where no device has the tag.
+        Err(Errno::EINVAL) => Ok(()),
+        result => result.doing(|| format!("Cannot mount the share on {SHARE_PATH}")),
+    }
+}
+
+fn mount_one(kind: &str, on: &str, flags: MsFlags) -> Result<(), StepError> {
+    let none: Option<&str> = None;
+    mount(Some(kind), on, Some(kind), flags, none).doing(|| format!("Cannot mount {kind} on {on}"))
+}
+
+/// Writes one line to the kernel's log, where the VMM finds it after the guest's death; and so to the console,
+/// where there is one.
+pub(crate) fn log(line: impl fmt::Display) {
+    if let Ok(mut log) = OpenOptions::new().write(true).open("/dev/kmsg") {
+        // 3: an error, which a quiet kernel shows too. One write is one line.
+        let _ = log.write_all(format!("<3>krx-agent: {line}\n").as_bytes());
+    }
+}

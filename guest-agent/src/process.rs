@@ -1,0 +1,184 @@
+//! A process as the host describes it, judged and made ready for exec; and the exec, with its search of `PATH`.
+
+use std::ffi::{CStr, CString};
+
+use krx_proto::{AgentError, ErrorKind, ProcessSpec, Rlimit, TerminalSize};
+use nix::errno::Errno;
+use nix::unistd::execve;
+
+use crate::credentials::Credentials;
+use crate::error::{Doing, StepError, invalid};
+use crate::sys;
+
+/// Where programs are looked for when the container's environment has no `PATH`.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Linux has 16 resources; a longer list only repeats some.
+const MAX_RLIMITS: usize = 64;
+/// Linux' `NGROUPS_MAX`.
+const MAX_GROUPS: usize = 65_536;
+
+/// A process ready to be made.
+#[derive(Debug)]
+pub(crate) struct ProcessPlan {
+    args: Vec<CString>,
+    env: Vec<CString>,
+    /// The paths to try, in order.
+    candidates: Vec<CString>,
+    pub(crate) cwd: String,
+    pub(crate) credentials: Credentials,
+    pub(crate) umask: u32,
+    pub(crate) rlimits: Vec<Rlimit>,
+    pub(crate) oom_score_adj: Option<i32>,
+    pub(crate) terminal: Option<TerminalSize>,
+    pub(crate) stdin: bool,
+}
+
+impl ProcessPlan {
+    pub(crate) fn new(spec: ProcessSpec) -> Result<Self, AgentError> {
+        /// What a process has unless told otherwise.
+        const USUAL_UMASK: u32 = 0o022;
+        let program = spec.args.first().filter(|program| !program.is_empty());
+        let program = program.ok_or_else(|| invalid("process.args: names no program"))?;
+        if !spec.cwd.is_empty() && (!spec.cwd.starts_with('/') || spec.cwd.contains('\0')) {
+            return Err(invalid(format_args!("process.cwd: {:?} is not an absolute path", spec.cwd)));
+        }
+        if spec.rlimits.len() > MAX_RLIMITS || spec.user.additional_gids.len() > MAX_GROUPS {
+            return Err(invalid("process: too many rlimits or additional groups"));
+        }
+        let path = spec.env.iter().rev().find_map(|variable| variable.strip_prefix("PATH="));
+        let candidates = candidates(program, path.unwrap_or(DEFAULT_PATH));
+        Ok(Self {
+            candidates: c_strings("process.args", candidates)?,
+            args: c_strings("process.args", spec.args)?,
+            env: c_strings("process.env", spec.env)?,
+            cwd: if spec.cwd.is_empty() { "/".into() } else { spec.cwd },
+            umask: spec.user.umask.unwrap_or(USUAL_UMASK) & 0o777,
+            credentials: Credentials {
+                user: spec.user,
+                capabilities: spec.capabilities,
+                no_new_privileges: spec.no_new_privileges,
+            },
+            rlimits: spec.rlimits,
+            oom_score_adj: spec.oom_score_adj,
+            terminal: spec.terminal,
+            stdin: spec.stdin,
+        })
+    }
+
+    /// Becomes the program. Returns only with why it could not.
+    pub(crate) fn exec(&self) -> AgentError {
+        let mut worst = Errno::ENOENT;
+        for candidate in &self.candidates {
+            match execve(candidate, &self.args, &self.env) {
+                Ok(never) => match never {},
+                // Another directory of the path may have it.
+                Err(Errno::ENOENT | Errno::ENOTDIR) => {}
+                // So may one after this, but if none has, this is what to tell (as execvp(3) does).
+                Err(Errno::EACCES) => worst = Errno::EACCES,
+                Err(error) => return exec_error(candidate, error),
+            }
+        }
+        exec_error(&self.args[0], worst)
+    }
+
+    /// Sets the calling process's resource limits.
+    pub(crate) fn limit(&self) -> Result<(), StepError> {
+        for Rlimit { resource, soft, hard } in &self.rlimits {
+            let doing = || format!("Cannot set resource limit {resource} to {soft} (hard limit {hard})");
+            sys::process::set_rlimit(*resource, *soft, *hard).doing(doing)?;
+        }
+        Ok(())
+    }
+}
+
+fn exec_error(program: &CStr, error: Errno) -> AgentError {
+    let program = program.to_string_lossy();
+    match error {
+        Errno::ENOENT | Errno::ENOTDIR => AgentError::new(
+            ErrorKind::CommandNotFound,
+            format_args!("{program}: no such program in the container, or its interpreter is missing"),
+        ),
+        Errno::ENOEXEC => AgentError::new(
+            ErrorKind::NotExecutable,
+            format_args!("{program}: neither a program for this machine nor a script that begins with #!"),
+        ),
+        _ => AgentError::new(
+            ErrorKind::NotExecutable,
+            format_args!("{program}: cannot be executed: {}", error.desc()),
+        ),
+    }
+}
+
+/// The paths a program name stands for.
+fn candidates(program: &str, path: &str) -> Vec<String> {
+    if program.contains('/') {
+        return vec![program.into()];
+    }
+    let directory = |directory: &str| match directory {
+        // An empty entry is the working directory, by POSIX.
+        "" => format!("./{program}"),
+        _ => format!("{}/{program}", directory.trim_end_matches('/')),
+    };
+    path.split(':').map(directory).collect()
+}
+
+/// A string for the kernel, which ends it at the first NUL.
+pub(crate) fn c_string(field: &str, text: String) -> Result<CString, AgentError> {
+    CString::new(text).map_err(|_| invalid(format_args!("{field}: a NUL byte is not allowed")))
+}
+
+fn c_strings(field: &str, texts: Vec<String>) -> Result<Vec<CString>, AgentError> {
+    texts.into_iter().map(|text| c_string(field, text)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use krx_proto::User;
+
+    fn spec(program: &str) -> ProcessSpec {
+        ProcessSpec { args: vec![program.into()], cwd: "/".into(), ..Default::default() }
+    }
+
+    fn refused(spec: ProcessSpec, field: &str) {
+        let error = ProcessPlan::new(spec).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Invalid);
+        assert!(error.message.starts_with(field), "{}", error.message);
+    }
+
+    #[test]
+    fn a_bare_name_is_looked_for_in_the_path() {
+        assert_eq!(candidates("ls", "/bin:/usr/bin/::rel"), ["/bin/ls", "/usr/bin/ls", "./ls", "rel/ls"]);
+        assert_eq!(candidates("./ls", "/bin"), ["./ls"]);
+        assert_eq!(candidates("/bin/ls", ""), ["/bin/ls"]);
+    }
+
+    #[test]
+    fn the_last_path_of_the_environment_counts() {
+        let env = vec!["PATH=/a".into(), "XPATH=/c".into(), "PATH=/b".into()];
+        let plan = ProcessPlan::new(ProcessSpec { env, ..spec("x") }).unwrap();
+        assert_eq!(plan.candidates, [c"/b/x".into()] as [CString; 1]);
+    }
+
+    #[test]
+    fn bad_fields_are_named() {
+        refused(ProcessSpec::default(), "process.args:");
+        refused(spec(""), "process.args:");
+        refused(spec("a\0b"), "process.args:");
+        refused(ProcessSpec { env: vec!["A=\0".into()], ..spec("x") }, "process.env:");
+        refused(ProcessSpec { cwd: "rel".into(), ..spec("x") }, "process.cwd:");
+        let user = User { additional_gids: vec![0; MAX_GROUPS + 1], ..User::default() };
+        refused(ProcessSpec { user, ..spec("x") }, "process:");
+    }
+
+    #[test]
+    fn a_missing_program_and_one_that_cannot_run_differ() {
+        let kind = |program: &str| ProcessPlan::new(spec(program)).unwrap().exec().kind;
+        assert_eq!(kind("/no/such/program"), ErrorKind::CommandNotFound);
+        assert_eq!(kind("no-such-program"), ErrorKind::CommandNotFound);
+        assert_eq!(kind("/etc/passwd/x"), ErrorKind::CommandNotFound);
+        // A directory and a file without the permission: both exist.
+        assert_eq!(kind("/etc"), ErrorKind::NotExecutable);
+        assert_eq!(kind("/etc/passwd"), ErrorKind::NotExecutable);
+    }
+}

@@ -1,0 +1,314 @@
+//! Carries out the file system part of a plan, in a mount namespace that is the container's already: its root, its
+//! mounts, its device nodes, and what is hidden or read-only in it.
+//!
+//! The image and the volumes are hostile. Every path in the container is resolved by the kernel with the container's
+//! root as its limit (`RESOLVE_IN_ROOT`) and mounts are attached to what was found, by descriptor, so that no symbolic
+//! link can lead out and no path is looked up twice.
+//!
+//! The guest's own root is the initramfs, from which pivot_root(2) is not possible. So the guest's mounts are taken
+//! out of the namespace, and the container's root is mounted over what is left, as the namespace's root.
+
+use std::ffi::CStr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, open, openat, openat2};
+use nix::mount::{MntFlags, umount2};
+use nix::sys::stat::{Mode, SFlag, fstat, makedev, mkdirat, mknodat};
+use nix::unistd::{chroot, fchdir, symlinkat};
+
+use crate::container::{MountKind, MountPlan, RootPlan};
+use crate::error::{Doing, StepError};
+use crate::sys::mount::{
+    AttributeChange, attach, clone_tree, create_file_system, mount_file_system, open_file_system,
+    set_attributes, set_parameter,
+};
+
+/// The guest's own mounts, which a container must not find beneath its root.
+const GUEST_MOUNTS: [&str; 3] = ["/run", "/sys", "/proc"];
+
+/// Device nodes that every container has: name, major and minor number.
+const DEVICES: [(&str, u64, u64); 6] =
+    [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
+/// Links that every container has in `/dev`.
+const LINKS: [(&str, &str); 5] = [
+    ("ptmx", "pts/ptmx"),
+    ("fd", "/proc/self/fd"),
+    ("stdin", "/proc/self/fd/0"),
+    ("stdout", "/proc/self/fd/1"),
+    ("stderr", "/proc/self/fd/2"),
+];
+
+const READ_ONLY: AttributeChange =
+    AttributeChange { set: libc::MOUNT_ATTR_RDONLY, clear: 0, propagation: 0, recursive: false };
+
+/// A container's root directory, as the limit of path resolution.
+#[derive(Debug)]
+pub(crate) struct Root(OwnedFd);
+
+impl Root {
+    /// The root of the calling process.
+    pub(crate) fn own() -> Result<Self, StepError> {
+        Ok(Self(open_guest(c"/").doing(|| "Cannot open the container's root")?))
+    }
+
+    /// Opens a path in the container; links in it never lead out, and magic links of `/proc` nowhere at all.
+    pub(crate) fn open(&self, path: &str, flags: OFlag) -> nix::Result<OwnedFd> {
+        let resolve = ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS;
+        openat2(&self.0, path, OpenHow::new().flags(flags | OFlag::O_CLOEXEC).resolve(resolve))
+    }
+
+    /// Opens a path as a place, made with its parents where it is missing.
+    pub(crate) fn make(&self, path: &str, directory: bool) -> nix::Result<OwnedFd> {
+        match self.open(path, OFlag::O_PATH) {
+            Err(Errno::ENOENT) => {}
+            found => return found,
+        }
+        let names: Vec<&str> = path.split('/').filter(|name| !name.is_empty()).collect();
+        for (index, name) in names.iter().enumerate() {
+            let parent = self.open(&format!("/{}", names[..index].join("/")), OFlag::O_PATH)?;
+            let last = index + 1 == names.len();
+            let made = if last && !directory {
+                let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+                openat(&parent, *name, flags, Mode::from_bits_truncate(0o644)).map(drop)
+            } else {
+                mkdirat(&parent, *name, Mode::from_bits_truncate(0o755))
+            };
+            match made {
+                Ok(()) | Err(Errno::EEXIST) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.open(path, OFlag::O_PATH)
+    }
+}
+
+/// Makes the container's file system view and enters it. `cwd` is made where it is missing, while that can be done.
+pub(crate) fn enter(plan: &RootPlan, cwd: &str) -> Result<Root, StepError> {
+    let sources = plan.mounts.iter().map(source).collect::<Result<Vec<_>, _>>()?;
+    let null = open_guest(c"/dev/null").doing(|| "Cannot open the guest's /dev/null")?;
+    let root = enter_root(&plan.path)?;
+    for (mount, source) in plan.mounts.iter().zip(sources) {
+        mount_one(&root, mount, source)?;
+    }
+    make_devices(&root, plan)?;
+    root.make(cwd, true).doing(|| format!("Cannot make the working directory {cwd}"))?;
+    for mount in plan.mounts.iter().filter(|mount| is_late_read_only(mount)) {
+        make_read_only(&root, &mount.destination)?;
+    }
+    plan.masked.iter().try_for_each(|path| mask(&root, path, null.as_fd()))?;
+    plan.readonly_paths.iter().try_for_each(|path| protect(&root, path))?;
+    if plan.readonly {
+        set_attributes(root.0.as_fd(), READ_ONLY).doing(|| "Cannot make the root read-only")?;
+    }
+    Ok(root)
+}
+
+/// A path of the guest. Links are not followed: a container could have put one into a volume.
+fn open_guest(path: &CStr) -> nix::Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+    openat2(AT_FDCWD, path, OpenHow::new().flags(flags).resolve(ResolveFlag::RESOLVE_NO_SYMLINKS))
+}
+
+/// A bind mount's source, detached; to be taken before the guest's paths are out of reach.
+fn source(plan: &MountPlan) -> Result<Option<OwnedFd>, StepError> {
+    let MountKind::Bind { source, recursive } = &plan.what else { return Ok(None) };
+    let doing = || format!("Cannot bind {} to {}", source.to_string_lossy(), plan.destination);
+    let place = open_guest(source).doing(doing)?;
+    clone_tree(place.as_fd(), c"", *recursive).map(Some).doing(doing)
+}
+
+fn enter_root(path: &CStr) -> Result<Root, StepError> {
+    let doing = || format!("Cannot use {} as root file system", path.to_string_lossy());
+    let place = open_guest(path).doing(doing)?;
+    if !is_directory(place.as_fd()).doing(doing)? {
+        return Err(StepError::new(doing(), Errno::ENOTDIR));
+    }
+    let root = clone_tree(place.as_fd(), c"", true).doing(doing)?;
+    let initramfs = open("/", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).doing(doing)?;
+    for mount in GUEST_MOUNTS {
+        umount2(mount, MntFlags::MNT_DETACH).doing(|| format!("Cannot take {mount} of the guest away"))?;
+    }
+    attach(root.as_fd(), initramfs.as_fd()).doing(doing)?;
+    fchdir(&root).doing(doing)?;
+    chroot(".").doing(doing)?;
+    Ok(Root(root))
+}
+
+fn mount_one(root: &Root, plan: &MountPlan, source: Option<OwnedFd>) -> Result<(), StepError> {
+    let MountPlan { destination, what, options } = plan;
+    let doing = || format!("Cannot mount {} on {destination}", what.name());
+    let tree = match (source, what) {
+        (Some(source), _) => source,
+        (None, MountKind::FileSystem { kind, parameters }) => {
+            let parameters = parameters.iter().map(|(name, value)| (name.as_c_str(), value.as_deref()));
+            file_system(kind, parameters).doing(doing)?
+        }
+        (None, MountKind::Bind { .. }) => return Err(StepError::new(doing(), Errno::EINVAL)),
+    };
+    let mut attributes = options.attributes;
+    if is_late_read_only(plan) {
+        attributes.set &= !libc::MOUNT_ATTR_RDONLY;
+    }
+    change(tree.as_fd(), attributes).doing(doing)?;
+    change(tree.as_fd(), AttributeChange { recursive: true, ..options.recursive }).doing(doing)?;
+    let directory = is_directory(tree.as_fd()).doing(doing)?;
+    let place = root.make(destination, directory).doing(doing)?;
+    attach(tree.as_fd(), place.as_fd()).doing(doing)?;
+    let propagation = AttributeChange {
+        propagation: options.propagation.kind,
+        recursive: options.propagation.recursive,
+        ..AttributeChange::default()
+    };
+    change(tree.as_fd(), propagation).doing(doing)
+}
+
+/// A tmpfs becomes read-only when all is mounted: mount points in it have to be made first.
+fn is_late_read_only(plan: &MountPlan) -> bool {
+    let tmpfs = matches!(&plan.what, MountKind::FileSystem { kind, .. } if kind.as_c_str() == c"tmpfs");
+    tmpfs && plan.options.attributes.set & libc::MOUNT_ATTR_RDONLY != 0
+}
+
+fn file_system<'a>(
+    kind: &CStr,
+    parameters: impl Iterator<Item = (&'a CStr, Option<&'a CStr>)>,
+) -> nix::Result<OwnedFd> {
+    let context = open_file_system(kind)?;
+    for (name, value) in parameters {
+        set_parameter(context.as_fd(), name, value)?;
+    }
+    create_file_system(context.as_fd())?;
+    mount_file_system(context.as_fd())
+}
+
+fn change(mount: BorrowedFd<'_>, change: AttributeChange) -> nix::Result<()> {
+    let nothing = AttributeChange { recursive: change.recursive, ..AttributeChange::default() };
+    if change == nothing { Ok(()) } else { set_attributes(mount, change) }
+}
+
+/// The usual nodes, in a `/dev` that is the container's own. Who binds another directory there brings his own nodes.
+fn make_devices(root: &Root, plan: &RootPlan) -> Result<(), StepError> {
+    let is_dev = |mount: &&MountPlan| mount.destination.trim_end_matches('/') == "/dev";
+    let last = plan.mounts.iter().rev().find(is_dev);
+    if !last.is_some_and(|mount| matches!(mount.what, MountKind::FileSystem { .. })) {
+        return Ok(());
+    }
+    let present = |made: nix::Result<()>| if made == Err(Errno::EEXIST) { Ok(()) } else { made };
+    let dev = root.open("/dev", OFlag::O_PATH | OFlag::O_DIRECTORY).doing(|| "Cannot open /dev")?;
+    for (name, major, minor) in DEVICES {
+        let mode = Mode::from_bits_truncate(0o666);
+        present(mknodat(&dev, name, SFlag::S_IFCHR, mode, makedev(major, minor)))
+            .doing(|| format!("Cannot make the device node /dev/{name}"))?;
+    }
+    for (name, to) in LINKS {
+        present(symlinkat(to, &dev, name)).doing(|| format!("Cannot make the link /dev/{name}"))?;
+    }
+    Ok(())
+}
+
+fn make_read_only(root: &Root, path: &str) -> Result<(), StepError> {
+    let doing = || format!("Cannot make {path} read-only");
+    let place = root.open(path, OFlag::O_PATH).doing(doing)?;
+    set_attributes(place.as_fd(), READ_ONLY).doing(doing)
+}
+
+/// Hides a path, if it exists.
+fn mask(root: &Root, path: &str, null: BorrowedFd<'_>) -> Result<(), StepError> {
+    let doing = || format!("Cannot mask {path}");
+    let Some(place) = existing(root, path).doing(doing)? else { return Ok(()) };
+    // Read-only also for the device node, which is the guest's: its mode must not be changed through this mount.
+    let tree = if is_directory(place.as_fd()).doing(doing)? {
+        file_system(c"tmpfs", [(c"nr_inodes", Some(c"2"))].into_iter()).doing(doing)?
+    } else {
+        clone_tree(null, c"", false).doing(doing)?
+    };
+    set_attributes(tree.as_fd(), READ_ONLY).doing(doing)?;
+    attach(tree.as_fd(), place.as_fd()).doing(doing)
+}
+
+/// Makes a path read-only with everything below, if it exists.
+fn protect(root: &Root, path: &str) -> Result<(), StepError> {
+    let doing = || format!("Cannot make {path} read-only");
+    let Some(place) = existing(root, path).doing(doing)? else { return Ok(()) };
+    let tree = clone_tree(place.as_fd(), c"", true).doing(doing)?;
+    set_attributes(tree.as_fd(), AttributeChange { recursive: true, ..READ_ONLY }).doing(doing)?;
+    attach(tree.as_fd(), place.as_fd()).doing(doing)
+}
+
+fn existing(root: &Root, path: &str) -> nix::Result<Option<OwnedFd>> {
+    match root.open(path, OFlag::O_PATH) {
+        Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
+        found => found.map(Some),
+    }
+}
+
+fn is_directory(place: BorrowedFd<'_>) -> nix::Result<bool> {
+    let mode = SFlag::from_bits_truncate(fstat(place)?.st_mode);
+    Ok(mode & SFlag::S_IFMT == SFlag::S_IFDIR)
+}
+
+impl MountKind {
+    fn name(&self) -> String {
+        match self {
+            Self::Bind { source, .. } => source.to_string_lossy().into_owned(),
+            Self::FileSystem { kind, .. } => kind.to_string_lossy().into_owned(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+    use std::path::PathBuf;
+
+    /// A directory that goes away with the test.
+    struct Scratch(PathBuf);
+
+    impl Scratch {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("krx-agent-{name}-{}", std::process::id()));
+            fs::create_dir_all(path.join("root")).unwrap();
+            Self(path)
+        }
+
+        fn root(&self) -> Root {
+            Root(open(&self.0.join("root"), OFlag::O_PATH, Mode::empty()).unwrap())
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn places_are_made_inside_whatever_the_links_of_the_image_say() {
+        let scratch = Scratch::new("links");
+        let at = |path: &str| scratch.0.join(path);
+        symlink("../..", at("root/up")).unwrap();
+        symlink("/", at("root/top")).unwrap();
+        let root = scratch.root();
+        root.make("/up/made", true).unwrap();
+        root.make("/top/file", false).unwrap();
+        root.make("/../../a/b/../c", true).unwrap();
+        assert!(at("root/made").is_dir());
+        assert!(at("root/file").is_file());
+        assert!(at("root/a/c").is_dir());
+        assert!(!at("made").exists());
+    }
+
+    #[test]
+    fn links_to_nowhere_and_magic_links_are_refused() {
+        let scratch = Scratch::new("nowhere");
+        symlink("/missing", scratch.0.join("root/dangling")).unwrap();
+        symlink("loop", scratch.0.join("root/loop")).unwrap();
+        let root = scratch.root();
+        assert_eq!(root.make("/dangling", false).unwrap_err(), Errno::ENOENT);
+        assert_eq!(root.make("/loop", true).unwrap_err(), Errno::ELOOP);
+        let system = Root::own().unwrap();
+        assert_eq!(system.open("/proc/self/fd/0", OFlag::O_PATH).unwrap_err(), Errno::ELOOP);
+    }
+}
