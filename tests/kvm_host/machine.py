@@ -130,6 +130,7 @@ class Machine:
         (self.directory / "config").write_text(
             f"mode={self.shape.mode}\nmodules={self._tree()}\n"
             f"insmod={shlex.quote(' '.join(self.kernel.load_order()))}\n"
+            f"runner={shlex.quote(str(Path(__file__).parent))}\n"
         )
 
     def _tree(self):
