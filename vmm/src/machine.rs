@@ -89,6 +89,8 @@ pub struct Machine {
     stop: Stop<Outcome>,
     vcpus: Arc<Vcpus>,
     memory: GuestMemoryMmap,
+    /// Not used any more, but closing it would disconnect every irqfd.
+    _vm: Vm,
     boot_deadline_ns: Option<u64>,
 }
 
@@ -143,7 +145,7 @@ impl Machine {
 
         let limit = config.boot_timeout_ms.saturating_mul(1_000_000);
         let boot_deadline_ns = (limit > 0).then(|| phase::monotonic_ns().saturating_add(limit));
-        Ok(Self { event_loop, stop, vcpus, memory, boot_deadline_ns })
+        Ok(Self { event_loop, stop, vcpus, memory, _vm: vm, boot_deadline_ns })
     }
 
     /// Runs the event loop until the guest ends, however it does.
