@@ -23,7 +23,7 @@ pub mod machine;
 pub mod memory;
 pub mod phase;
 pub mod report;
-//TMP pub mod share;
+pub mod share;
 mod slots;
 pub mod sys;
 #[cfg(test)]

@@ -71,12 +71,8 @@ pub enum MachineError {
     },
     #[error("vsock device cannot be made")]
     Vsock(#[source] VsockError),
-    #[error("{what} device cannot be made")]
-    Device {
-        what: &'static str,
-        #[source]
-        source: io::Error,
-    },
+    #[error("virtio-fs device cannot be made")]
+    Fs(#[source] io::Error),
     #[error("lifeline_fd is not an open descriptor that was inherited")]
     Lifeline(#[source] io::Error),
     #[error("Threads or signals cannot be set up")]

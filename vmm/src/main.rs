@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::mem::ManuallyDrop;
 use std::os::fd::AsFd;
 use std::path::Path;
 
@@ -9,7 +10,7 @@ use krx_vmm::config::{Config, ConfigError, ValidConfig};
 use krx_vmm::exit_code::ExitCode;
 use krx_vmm::machine::{self, Machine, MachineError, Outcome};
 use krx_vmm::phase::{self, Phase};
-use krx_vmm::{klog, report, sys};
+use krx_vmm::{klog, report, share, sys};
 
 const USAGE: &str = "\
 Usage: krx-vmm --config FILE | --config-fd N
@@ -66,7 +67,6 @@ fn run_from(file: Result<File, String>) -> ExitCode {
         Ok(config) => config,
         Err(message) => return fail(ExitCode::Config, &message),
     };
-    phase::mark(Phase::Configured);
     let code = run(&config);
     machine::clean_up(&config);
     code
@@ -79,8 +79,16 @@ fn read(file: File) -> Result<ValidConfig, ConfigError> {
 }
 
 fn run(config: &ValidConfig) -> ExitCode {
+    if let Some(share) = &config.share
+        && let Err(error) = share::mount(share)
+    {
+        return fail(ExitCode::Host, &report::chain(&error));
+    }
+    phase::mark(Phase::Configured);
+    // Never dropped: that would wait for the file server's thread, which a guest can make wait for ever. The process
+    // ends now, and all it holds with it.
     let mut machine = match Machine::start(config) {
-        Ok(machine) => machine,
+        Ok(machine) => ManuallyDrop::new(machine),
         Err(error) => return fail(start_failure(&error), &report::chain(&error)),
     };
     match machine.run() {

@@ -14,7 +14,7 @@ use crate::machine::MachineError;
 use crate::virtio::device::Device;
 use crate::virtio::irq::Interrupt;
 use crate::virtio::mmio::MmioTransport;
-use crate::virtio::{rng, vsock};
+use crate::virtio::{fs, rng, vsock};
 
 /// The slots filled so far.
 pub(crate) struct Slots<'a> {
@@ -67,6 +67,10 @@ impl<'a> Slots<'a> {
 pub(crate) fn attach_devices(slots: &mut Slots<'_>, config: &ValidConfig) -> Result<(), MachineError> {
     if let Some(path) = &config.vsock {
         let device = vsock::Vsock::new(krx_proto::GUEST_CID, path.clone()).map_err(MachineError::Vsock)?;
+        slots.attach(Box::new(device)).map_err(MachineError::Kvm)?;
+    }
+    if let Some(share) = &config.share {
+        let device = fs::Fs::new(krx_proto::SHARE_TAG, &share.root).map_err(MachineError::Fs)?;
         slots.attach(Box::new(device)).map_err(MachineError::Kvm)?;
     }
     slots.attach(Box::new(rng::Rng)).map_err(MachineError::Kvm)

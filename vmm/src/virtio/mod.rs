@@ -4,6 +4,7 @@
 //! device has a file or folder of its own and knows none of the others.
 
 pub mod device;
+pub mod fs;
 pub mod irq;
 pub mod mmio;
 pub mod queue;

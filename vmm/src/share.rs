@@ -1,0 +1,110 @@
+//! The pod's share: one directory tree for the guest, put together of bind mounts in a mount namespace of the VMM's own.
+//!
+//! Because the mounts exist in this namespace only, none of them can outlive the process, whatever ends it. What is
+//! shared read-only is mounted so, recursively: the host's kernel enforces it, not the guest. No mount below the share
+//! honours device nodes: a guest may make one, and must not have the host open it.
+
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MsFlags, mount as mount_at};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::stat::{Mode, umask};
+
+use crate::config::{Share, ShareEntry};
+use crate::sys::{self, MountAttributes};
+
+/// The tree holds mount points only; what the guest tries to put there beside them has no room.
+const TREE_OPTIONS: &str = "size=1m,nr_inodes=4k,mode=755";
+
+/// Why the share cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum ShareError {
+    #[error(
+        "Cannot make a mount namespace: the VMM needs root (CAP_SYS_ADMIN) to share files with its guest"
+    )]
+    Namespace(#[source] nix::Error),
+    #[error("Cannot mount the share on {root}")]
+    Root {
+        root: PathBuf,
+        #[source]
+        source: nix::Error,
+    },
+    #[error("Cannot share {path}: nothing can be read there")]
+    Source {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("Cannot make the place {name} for {path} in the share")]
+    Place {
+        name: String,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("Cannot mount {path} into the share")]
+    Bind {
+        path: PathBuf,
+        #[source]
+        source: nix::Error,
+    },
+    #[error("Cannot restrict the mount of {path}; Linux 5.12 or later is needed")]
+    Restrict {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Builds the tree. To be called before the process has a second thread: a mount namespace is a thread's own.
+///
+/// # Errors
+/// [`ShareError`]: what is missing, or not permitted.
+pub fn mount(share: &Share) -> Result<(), ShareError> {
+    unshare(CloneFlags::CLONE_NEWNS).map_err(ShareError::Namespace)?;
+    let failed = |source| ShareError::Root { root: share.root.clone(), source };
+    let none = None::<&str>;
+    // A slave: what the host unmounts goes here, too, or the VMM would hold it; nothing travels the other way.
+    mount_at(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none).map_err(ShareError::Namespace)?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    mount_at(Some("krx"), &share.root, Some("tmpfs"), flags, Some(TREE_OPTIONS)).map_err(failed)?;
+    for entry in &share.entries {
+        bind(&share.root, entry)?;
+    }
+    restrict(&share.root, MountAttributes { read_only: true, recursive: false })?;
+    prepare_process();
+    Ok(())
+}
+
+fn bind(root: &Path, ShareEntry { name, source: path, read_only }: &ShareEntry) -> Result<(), ShareError> {
+    let metadata = fs::metadata(path).map_err(|source| ShareError::Source { path: path.clone(), source })?;
+    let place = root.join(name);
+    let made = if metadata.is_dir() {
+        DirBuilder::new().mode(0o755).create(&place)
+    } else {
+        File::create(&place).map(drop)
+    };
+    made.map_err(|source| ShareError::Place { name: name.clone(), path: path.clone(), source })?;
+    let none = None::<&str>;
+    // Recursive: file systems mounted below a volume belong to it.
+    mount_at(Some(path), &place, none, MsFlags::MS_BIND | MsFlags::MS_REC, none)
+        .map_err(|source| ShareError::Bind { path: path.clone(), source })?;
+    restrict(&place, MountAttributes { read_only: *read_only, recursive: true })
+}
+
+fn restrict(path: &Path, attributes: MountAttributes) -> Result<(), ShareError> {
+    sys::restrict_mount(path, attributes).map_err(|source| ShareError::Restrict { path: path.into(), source })
+}
+
+/// What a file server needs of its process: modes exactly as the guest asks, and a descriptor for each file the guest
+/// knows. Where the limit cannot be raised, the guest meets it earlier.
+fn prepare_process() {
+    umask(Mode::empty());
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}

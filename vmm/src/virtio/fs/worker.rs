@@ -1,0 +1,167 @@
+//! The running device: takes requests off both queues, has them judged and served, hands the replies back. On a thread
+//! of its own, one request at a time.
+
+use std::fmt;
+use std::os::fd::{AsRawFd, RawFd};
+
+use fuse_backend_rs::api::server;
+use fuse_backend_rs::passthrough::PassthroughFs;
+use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::request::{self, Header, IN_HEADER, Judgement, OUT_HEADER};
+use crate::virtio::device::{Activation, DeviceError, Worker};
+use crate::virtio::queue::{Chain, LiveQueue};
+
+pub(super) type Server = server::Server<PassthroughFs>;
+
+/// Requests served from one queue before the other one is looked at: a flood of forgets must not stop the files.
+const BUDGET: usize = 64;
+/// Bytes behind the header that a judgement looks at.
+const PEEK: usize = 4;
+
+pub(super) struct FsWorker {
+    server: Server,
+    memory: GuestMemoryMmap,
+    epoll: Epoll,
+    queues: Vec<LiveQueue>,
+}
+
+impl FsWorker {
+    pub(super) fn new(server: Server, activation: Activation) -> Result<Self, DeviceError> {
+        let epoll = Epoll::new().map_err(DeviceError::Host)?;
+        for queue in &activation.queues {
+            let event = EpollEvent::new(EventSet::IN, 0);
+            epoll.ctl(ControlOperation::Add, queue.kick_fd(), event).map_err(DeviceError::Host)?;
+        }
+        Ok(Self { server, memory: activation.memory, epoll, queues: activation.queues })
+    }
+}
+
+impl Worker for FsWorker {
+    fn fd(&self) -> RawFd {
+        self.epoll.as_raw_fd()
+    }
+
+    fn run(&mut self) -> Result<(), DeviceError> {
+        for queue in &mut self.queues {
+            serve_queue(&self.server, &self.memory, queue)?;
+        }
+        Ok(())
+    }
+}
+
+/// Serves what is in one queue, up to the budget; what is left keeps the kick readable.
+pub(super) fn serve_queue(
+    server: &Server,
+    memory: &GuestMemoryMmap,
+    queue: &mut LiveQueue,
+) -> Result<(), DeviceError> {
+    for _ in 0..BUDGET {
+        let Some(chain) = queue.pop()? else {
+            // Cleared once the queue is empty, and looked at again afterwards: no request is missed.
+            queue.clear_kick();
+            if queue.enable_kicks()? {
+                continue;
+            }
+            return Ok(());
+        };
+        let head = chain.head_index();
+        let written = serve(server, memory, chain)?;
+        queue.add_used(head, written)?;
+        // At once: the process that asked sleeps until then.
+        queue.notify()?;
+    }
+    Ok(())
+}
+
+/// Serves one request and says how long the reply is.
+fn serve(server: &Server, memory: &GuestMemoryMmap, chain: Chain<'_>) -> Result<u32, DeviceError> {
+    let shape = Shape::of(memory, chain.clone())?;
+    match request::judge(shape.header, shape.readable, shape.writable, shape.body()) {
+        Judgement::Drop => Ok(0),
+        Judgement::Answer(error) => refuse(memory, &shape, error),
+        Judgement::Serve => {
+            let reader = Reader::from_descriptor_chain(memory, chain.clone()).map_err(unusable)?;
+            let writer = VirtioFsWriter::new(memory, chain).map_err(unusable)?;
+            match server.handle_message(reader, Writer::VirtioFs(writer), None, None) {
+                Ok(written) => Ok(u32::try_from(written).unwrap_or(u32::MAX)),
+                // Malformed in a way the library saw: the guest gets an error, as from any file system.
+                Err(_) if shape.header.is_unanswered() => Ok(0),
+                Err(_) => refuse(memory, &shape, libc::EINVAL),
+            }
+        }
+    }
+}
+
+fn unusable(_: fuse_backend_rs::transport::Error) -> DeviceError {
+    DeviceError::BadChain("a FUSE request does not lie in guest memory")
+}
+
+fn refuse(memory: &GuestMemoryMmap, shape: &Shape, error: i32) -> Result<u32, DeviceError> {
+    let mut rest = &request::error_reply(shape.header.unique, error)[..];
+    for (address, room) in &shape.reply_room {
+        let (now, later) = rest.split_at(rest.len().min(*room));
+        memory.write_slice(now, *address).map_err(DeviceError::Memory)?;
+        rest = later;
+    }
+    Ok(16)
+}
+
+/// A chain as far as it is looked at before it is served.
+struct Shape {
+    header: Header,
+    readable: u64,
+    writable: u64,
+    peek: [u8; PEEK],
+    /// Bytes of `peek` that the request has.
+    peeked: usize,
+    /// Where an out header goes: its places and their sizes.
+    reply_room: Vec<(GuestAddress, usize)>,
+}
+
+impl Shape {
+    fn of(memory: &GuestMemoryMmap, chain: Chain<'_>) -> Result<Self, DeviceError> {
+        let mut front = [0; IN_HEADER + PEEK];
+        let (mut filled, mut readable, mut writable) = (0, 0, 0);
+        let mut reply_room = Vec::new();
+        let mut room = 0;
+        for descriptor in chain {
+            let len = descriptor.len() as usize;
+            // In one region, as the library needs it.
+            memory.get_slice(descriptor.addr(), len).map_err(DeviceError::Memory)?;
+            if descriptor.is_write_only() {
+                writable += u64::from(descriptor.len());
+                let part = len.min(OUT_HEADER - room);
+                if part > 0 {
+                    reply_room.push((descriptor.addr(), part));
+                    room += part;
+                }
+            } else if writable > 0 {
+                return Err(DeviceError::BadChain("a readable part follows a writable one"));
+            } else {
+                readable += u64::from(descriptor.len());
+                let part = len.min(front.len() - filled);
+                memory
+                    .read_slice(&mut front[filled..filled + part], descriptor.addr())
+                    .map_err(DeviceError::Memory)?;
+                filled += part;
+            }
+        }
+        let (header, peek) = front.split_first_chunk().unwrap_or((&[0; IN_HEADER], &[]));
+        let peek = peek.first_chunk().copied().unwrap_or_default();
+        let peeked = filled.saturating_sub(IN_HEADER);
+        Ok(Self { header: Header::parse(header), readable, writable, peek, peeked, reply_room })
+    }
+
+    fn body(&self) -> &[u8] {
+        &self.peek[..self.peeked]
+    }
+}
+
+impl fmt::Debug for FsWorker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FsWorker").field("queues", &self.queues.len()).finish_non_exhaustive()
+    }
+}
