@@ -1,1 +1,25 @@
-//! TBD
+//! One pod's micro-VM seen from the host.
+//!
+//! A [`container::Container`] says what shall run, from a bare root file system or an OCI [`bundle`]. A [`pod::Pod`]
+//! makes the VM for it: takes a name ([`state_dir`]), finds what to boot ([`artifacts`]), spawns the VMM
+//! ([`vmm_process`]) and talks to the agent in the guest ([`agent`]). Its verbs are create, start, exec, kill, delete
+//! and wait; a [`process::Process`] is what they act on, and [`streams`] carry its bytes.
+//!
+//! Knows neither command lines nor containerd, and nothing of how a VM works inside.
+
+#![forbid(unsafe_code)]
+
+pub mod agent;
+pub mod artifacts;
+pub mod bundle;
+pub mod capability;
+pub mod container;
+pub mod default_spec;
+mod image_file;
+pub mod state_dir;
+#[cfg(test)]
+mod testing;
+pub mod timings;
+pub mod user;
+pub mod vmm_process;
+pub mod volume;

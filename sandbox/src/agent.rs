@@ -1,0 +1,296 @@
+//! Client of the agent in the guest, over the unix socket that stands for the guest's vsock.
+//!
+//! Calls may be made from several threads and need not wait for each other: [`AgentClient::send`] returns a
+//! [`Pending`] reply, one thread reads replies and hands each to who waits for it. The guest is not trusted: frames
+//! are capped, a reply that nobody asked for ends the connection, and every wait for a first word has a deadline.
+
+use std::collections::HashMap;
+use std::io::{self, BufReader, Cursor, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use krx_proto::{
+    AgentError, Answer, Call, FrameError, GuestInfo, MAX_FRAME, Message, Request, VERSION, port, read_frame,
+
+};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv};
+use std::os::fd::AsRawFd;
+
+/// How long an agent that already runs may take to answer a new connection.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest line `OK port\n` by which the VMM says that the guest accepted a connection.
+const MAX_OK: usize = 32;
+
+/// Why a call to the agent failed.
+#[derive(Debug, thiserror::Error)]
+pub enum CallError {
+    #[error("Cannot reach the pod's VM at {path}")]
+    Connect { path: PathBuf, #[source] source: io::Error },
+    #[error("Nothing in the guest listens on vsock port {0}")]
+    Refused(u32),
+    #[error("The agent did not say hello within {0:?}")]
+    Silent(Duration),
+    #[error("The agent speaks version {theirs} of the protocol, this krx {VERSION}: use a kernel, initramfs and krx of one build")]
+    Version { theirs: u16 },
+    #[error("The agent's hello makes no sense")]
+    Hello(#[source] FrameError),
+    #[error("The VMM ended before the agent said hello")]
+    VmmEnded,
+    #[error("The connection to the agent was lost")]
+    Lost,
+    #[error("The call could not be sent")]
+    Send(#[source] FrameError),
+    #[error("The agent answered something else than was asked")]
+    Unexpected,
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+}
+
+/// A connection on which calls are made.
+#[derive(Debug)]
+pub struct AgentClient {
+    socket: UnixStream,
+    next: AtomicU32,
+    replies: Arc<Replies>,
+    guest: GuestInfo,
+}
+
+/// A call whose reply is on its way.
+#[derive(Debug)]
+pub struct Pending(mpsc::Receiver<Result<Answer, AgentError>>);
+
+/// Who waits for which reply; `None` once the connection is gone.
+#[derive(Debug)]
+struct Replies(Mutex<Option<HashMap<u32, mpsc::Sender<Result<Answer, AgentError>>>>>);
+
+impl Pending {
+    /// Waits for the reply.
+    ///
+    /// # Errors
+    /// What the agent says, or the loss of the connection.
+    pub fn answer(self) -> Result<Answer, CallError> {
+        Ok(self.0.recv().map_err(|_| CallError::Lost)??)
+    }
+
+    /// Waits for a reply that has nothing to say.
+    ///
+    /// # Errors
+    /// As [`Self::answer`]; any other answer.
+    pub fn done(self) -> Result<(), CallError> {
+        match self.answer()? {
+            Answer::Done => Ok(()),
+            _ => Err(CallError::Unexpected),
+        }
+    }
+}
+
+impl AgentClient {
+    /// Waits for the agent of a booting VM, which dials the host by itself. `vmm_ended` becomes readable when the
+    /// VMM ends: no need to wait longer then.
+    ///
+    /// # Errors
+    /// The VMM's end, the deadline, a hello that is not one of this version.
+    pub fn accept(
+        listener: &UnixListener,
+        vmm_ended: BorrowedFd<'_>,
+        timeout: Duration,
+    ) -> Result<Self, CallError> {
+        let deadline = Instant::now() + timeout;
+        listener.set_nonblocking(true).map_err(|_| CallError::Lost)?;
+        let socket = loop {
+            ready(listener.as_fd(), Some(vmm_ended), deadline, timeout)?;
+            match listener.accept() {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                accepted => break accepted.map_err(|_| CallError::Lost)?.0,
+            }
+        };
+        Self::greet(socket, Some(vmm_ended), deadline, timeout)
+    }
+
+    /// Connects to the agent of a running pod.
+    ///
+    /// # Errors
+    /// No VM at that socket, or no agent of this version in it.
+    pub fn connect(vsock: &Path) -> Result<Self, CallError> {
+        let socket = dial(vsock, port::CONTROL)?;
+        let deadline = Instant::now() + CONNECT_TIMEOUT;
+        ready(socket.as_fd(), None, deadline, CONNECT_TIMEOUT)?;
+        accepted(&socket, port::CONTROL)?;
+        Self::greet(socket, None, deadline, CONNECT_TIMEOUT)
+    }
+
+    /// What the guest says of itself.
+    #[must_use]
+    pub fn guest(&self) -> &GuestInfo {
+        &self.guest
+    }
+
+    /// Sends a call without waiting for its reply.
+    ///
+    /// # Errors
+    /// The connection is gone, or the request is larger than a frame.
+    pub fn send(&self, request: Request) -> Result<Pending, CallError> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let (sender, receiver) = mpsc::channel();
+        let frame = krx_proto::encode(&Call { number, request }).map_err(CallError::Send)?;
+        // Written under the lock, so that frames of several threads do not mix.
+        let mut replies = self.replies.lock();
+        replies.as_mut().ok_or(CallError::Lost)?.insert(number, sender);
+        (&self.socket).write_all(&frame).map_err(|_| CallError::Lost)?;
+        Ok(Pending(receiver))
+    }
+
+    /// Reads the hello, then starts the thread that reads replies.
+    fn greet(
+        socket: UnixStream,
+        vmm_ended: Option<BorrowedFd<'_>>,
+        deadline: Instant,
+        timeout: Duration,
+    ) -> Result<Self, CallError> {
+        socket.set_nonblocking(true).map_err(|_| CallError::Lost)?;
+        let mut received = Vec::new();
+        let guest = loop {
+            if let Some(guest) = take_hello(&mut received)? {
+                break guest;
+            }
+            ready(socket.as_fd(), vmm_ended, deadline, timeout)?;
+            let mut buffer = [0; 4096];
+            match (&socket).read(&mut buffer) {
+                Ok(0) => return Err(CallError::Lost),
+                Ok(read) => received.extend_from_slice(&buffer[..read]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return Err(CallError::Lost),
+            }
+        };
+        socket.set_nonblocking(false).map_err(|_| CallError::Lost)?;
+        let replies = Arc::new(Replies(Mutex::new(Some(HashMap::new()))));
+        let (reader, handed) = (socket.try_clone().map_err(|_| CallError::Lost)?, replies.clone());
+        thread::Builder::new()
+            .name("agent-replies".into())
+            .spawn(move || handed.read(&mut BufReader::new(Cursor::new(received).chain(reader))))
+            .map_err(|_| CallError::Lost)?;
+        Ok(Self { socket, next: AtomicU32::new(1), replies, guest })
+    }
+}
+
+impl Drop for AgentClient {
+    fn drop(&mut self) {
+        // The reading thread holds a second descriptor of the same connection; this ends it.
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+    }
+}
+
+impl Replies {
+    fn lock(&self) -> MutexGuard<'_, Option<HashMap<u32, mpsc::Sender<Result<Answer, AgentError>>>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Body of the reading thread. Ends with the connection; all who still wait then learn of its loss.
+    fn read(&self, from: &mut impl Read) {
+        while let Ok(Message::Reply { number, result }) = read_frame(from) {
+            let waiting = self.lock().as_mut().and_then(|replies| replies.remove(&number));
+            let Some(waiting) = waiting else { break };
+            // Nobody waits for the reply to, say, a forwarded signal.
+            let _ = waiting.send(result);
+        }
+        *self.lock() = None;
+    }
+}
+
+/// Opens a connection to a port of the guest. Bytes may be written at once, before the guest has accepted it.
+///
+/// # Errors
+/// No VM listens at `vsock`.
+pub fn dial(vsock: &Path, port: u32) -> Result<UnixStream, CallError> {
+    let connect = || {
+        let mut socket = UnixStream::connect(vsock)?;
+        socket.write_all(format!("CONNECT {port}\n").as_bytes())?;
+        Ok(socket)
+    };
+    connect().map_err(|source| CallError::Connect { path: vsock.into(), source })
+}
+
+/// Waits for the line by which the VMM says that the guest has accepted; takes exactly that line.
+///
+/// # Errors
+/// The guest refused, or the VMM says something else.
+pub fn accepted(socket: &UnixStream, port: u32) -> Result<(), CallError> {
+    let refused = |_| CallError::Refused(port);
+    let mut line = [0; MAX_OK];
+    loop {
+        // Looked at before it is taken: what follows the line belongs to the guest.
+        let seen = recv(socket.as_raw_fd(), &mut line, MsgFlags::MSG_PEEK).map_err(refused)?;
+        let end = line[..seen].iter().position(|byte| *byte == b'\n');
+        let length = end.map_or(seen, |end| end + 1);
+        (&mut &*socket).read_exact(&mut line[..length]).map_err(|_| CallError::Refused(port))?;
+        return match end {
+            Some(_) if line.starts_with(b"OK ") => Ok(()),
+            _ => Err(CallError::Refused(port)),
+        };
+    }
+}
+
+/// Waits until `fd` is readable; the VMM's end and the deadline are errors.
+fn ready(
+    fd: BorrowedFd<'_>,
+    vmm_ended: Option<BorrowedFd<'_>>,
+    deadline: Instant,
+    timeout: Duration,
+) -> Result<(), CallError> {
+    loop {
+        let left = deadline.checked_duration_since(Instant::now()).ok_or(CallError::Silent(timeout))?;
+        // Rounded up, so that a last fraction of a millisecond is slept rather than spun away.
+        let wait = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
+        let mut fds: Vec<_> =
+            [Some(fd), vmm_ended].into_iter().flatten().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        match poll(&mut fds, wait) {
+            Ok(0) | Err(nix::errno::Errno::EINTR) => continue,
+            Ok(_) => {}
+            Err(_) => return Err(CallError::Lost),
+        }
+        // The connection first: an agent that speaks and dies at once has still spoken.
+        if fds[0].any() == Some(true) {
+            return Ok(());
+        }
+        return Err(CallError::VmmEnded);
+    }
+}
+
+/// Takes the hello off the front of what was received; `None` when it is not whole yet.
+fn take_hello(received: &mut Vec<u8>) -> Result<Option<GuestInfo>, CallError> {
+    // The version is read by hand first: what follows it may have another form in another version.
+    if let Some(theirs) = hello_version(received)
+        && theirs != VERSION
+    {
+        return Err(CallError::Version { theirs });
+    }
+    match krx_proto::take_frame(received) {
+        Ok(Some(Message::Hello { guest, .. })) => Ok(Some(guest)),
+        Ok(Some(_)) => Err(CallError::Unexpected),
+        Ok(None) => Ok(None),
+        Err(error) => Err(CallError::Hello(error)),
+    }
+}
+
+/// Version in a hello of any version: a length of four bytes, variant 0, the version as a postcard varint.
+fn hello_version(received: &[u8]) -> Option<u16> {
+    let (prefix, payload) = received.split_first_chunk::<4>()?;
+    let length = usize::try_from(u32::from_le_bytes(*prefix)).ok().filter(|length| *length <= MAX_FRAME)?;
+    let payload = &payload[..length.min(payload.len())];
+    let (0, varint) = payload.split_first().map(|(first, rest)| (*first, rest))? else { return None };
+    let mut version = 0_u32;
+    // A u16 takes at most three bytes of seven bits.
+    for (index, byte) in varint.iter().take(3).enumerate() {
+        version |= u32::from(byte & 0x7f) << (7 * index);
+        if byte & 0x80 == 0 {
+            return u16::try_from(version).ok();
+        }
+    }
+    None
+}

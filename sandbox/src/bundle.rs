@@ -1,0 +1,485 @@
+//! OCI bundles: a directory with a `config.json`, read into a [`Container`].
+//!
+//! A configuration can ask for more than a micro-VM honours. Whatever would make the container less confined or work
+//! otherwise than asked is refused by the name of its field ([`REFUSED`]); what has no meaning in a VM of its own is
+//! accepted and does nothing (`linux.cgroupsPath`, `annotations`, a network namespace: the VM is one).
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use krx_proto::{Capabilities, ContainerSpec, Mount, Namespace, ProcessSpec, Rlimit, TerminalSize, User};
+use oci_spec::runtime::{
+    Linux, LinuxCapabilities, LinuxNamespace, LinuxNamespaceType, PosixRlimit, Process, Spec,
+};
+use serde_json::Value;
+
+use crate::capability;
+use crate::container::{Container, ContainerError};
+use crate::image_file;
+use crate::volume::destination;
+
+/// Largest `config.json` that is read; a hostile one could fill memory.
+const MAX_CONFIG: u64 = 4 << 20;
+
+/// Fields that are refused unless empty, in JSON's own paths. Everything here either confines the container or
+/// changes what its processes meet.
+const REFUSED: [&str; 34] = [
+    "/domainname",
+    "/hooks",
+    "/solaris",
+    "/windows",
+    "/vm",
+    "/zos",
+    "/process/apparmorProfile",
+    "/process/commandLine",
+    "/process/execCPUAffinity",
+    "/process/ioPriority",
+    "/process/scheduler",
+    "/process/selinuxLabel",
+    "/process/user/username",
+    "/linux/devices",
+    "/linux/gidMappings",
+    "/linux/intelRdt",
+    "/linux/memoryPolicy",
+    "/linux/mountLabel",
+    "/linux/netDevices",
+    "/linux/personality",
+    "/linux/resources/blockIO",
+    "/linux/resources/cpu",
+    "/linux/resources/hugepageLimits",
+    "/linux/resources/memory",
+    "/linux/resources/network",
+    "/linux/resources/pids",
+    "/linux/resources/rdma",
+    "/linux/resources/unified",
+    "/linux/seccomp/architectures",
+    "/linux/seccomp/flags",
+    "/linux/seccomp/listenerPath",
+    "/linux/seccomp/syscalls",
+    "/linux/timeOffsets",
+    "/linux/uidMappings",
+];
+/// File systems of the guest that a container may mount; `bind` is not one of them.
+const FILE_SYSTEMS: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
+
+/// Why a bundle cannot be run.
+#[derive(Debug, thiserror::Error)]
+pub enum BundleError {
+    #[error("Bundle configuration {path} cannot be read")]
+    Read { path: PathBuf, #[source] source: io::Error },
+    #[error("Bundle configuration {path} is not an OCI runtime configuration")]
+    Parse { path: PathBuf, #[source] source: serde_json::Error },
+    #[error("Bundle field {0} is missing")]
+    Missing(&'static str),
+    #[error("Bundle field {field}: krx does not support {what}")]
+    Unsupported { field: String, what: String },
+    #[error("Bundle field {field}: {what}")]
+    Invalid { field: String, what: String },
+    #[error("Bundle field {field}: {path} cannot be used")]
+    Source { field: String, path: PathBuf, #[source] source: io::Error },
+    #[error("Bundle's container cannot be made")]
+    Container(#[source] ContainerError),
+}
+
+fn unsupported(field: impl Into<String>, what: impl Into<String>) -> BundleError {
+    BundleError::Unsupported { field: field.into(), what: what.into() }
+}
+
+fn invalid(field: impl Into<String>, what: impl Into<String>) -> BundleError {
+    BundleError::Invalid { field: field.into(), what: what.into() }
+}
+
+/// Reads the bundle in `directory` as a container named `name`.
+///
+/// # Errors
+/// The configuration cannot be read, makes no sense, or asks for what krx does not do.
+pub fn read(name: &str, directory: &Path) -> Result<Container, BundleError> {
+    let path = directory.join("config.json");
+    let json = image_file::read(&path, MAX_CONFIG)
+        .map_err(|source| BundleError::Read { path: path.clone(), source })?;
+    let failed = |source| BundleError::Parse { path: path.clone(), source };
+    let raw: Value = serde_json::from_slice(&json).map_err(failed)?;
+    let spec: Spec = serde_json::from_slice(&json).map_err(failed)?;
+    refuse(&raw)?;
+    let container = container_spec(name, &spec)?;
+    let root = spec.root().as_ref().ok_or(BundleError::Missing("root"))?;
+    let mut container =
+        Container::new(container, &directory.join(root.path())).map_err(BundleError::Container)?;
+    for (index, mount) in spec.mounts().iter().flatten().enumerate() {
+        add_mount(&mut container, directory, &format!("mounts[{index}]"), mount)?;
+    }
+    Ok(container)
+}
+
+/// Refuses what cannot be honoured.
+fn refuse(raw: &Value) -> Result<(), BundleError> {
+    for pointer in REFUSED {
+        if raw.pointer(pointer).is_some_and(|value| !is_empty(value)) {
+            return Err(unsupported(pointer[1..].replace('/', "."), "it"));
+        }
+    }
+    let action = raw.pointer("/linux/seccomp/defaultAction").and_then(Value::as_str);
+    if action.is_some_and(|action| action != "SCMP_ACT_ALLOW") {
+        return Err(unsupported("linux.seccomp.defaultAction", "anything but SCMP_ACT_ALLOW"));
+    }
+    // Containers get the usual nodes and no others: rules that deny ask for no more than that.
+    let rules = raw.pointer("/linux/resources/devices").and_then(Value::as_array).into_iter().flatten();
+    for (index, rule) in rules.enumerate() {
+        if rule.get("allow").and_then(Value::as_bool) == Some(true) {
+            return Err(unsupported(format!("linux.resources.devices[{index}].allow"), "access to devices"));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a value asks for nothing: limits of zero or less mean none.
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(value) => !value,
+        Value::Number(number) => number.as_f64().is_some_and(|number| number <= 0.0),
+        Value::String(text) => text.is_empty(),
+        Value::Array(values) => values.is_empty(),
+        Value::Object(fields) => fields.values().all(is_empty),
+    }
+}
+
+fn container_spec(name: &str, spec: &Spec) -> Result<ContainerSpec, BundleError> {
+    let linux = spec.linux().clone().unwrap_or_else(no_linux);
+    let process = spec.process().as_ref().ok_or(BundleError::Missing("process"))?;
+    let propagation = linux.rootfs_propagation().as_deref().unwrap_or_default();
+    if !["", "private", "rprivate", "slave", "rslave"].contains(&propagation) {
+        return Err(unsupported("linux.rootfsPropagation", propagation));
+    }
+    let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default())?;
+    if spec.hostname().is_some() && !namespaces.contains(&Namespace::Uts) {
+        return Err(invalid("hostname", "needs a namespace of type uts"));
+    }
+    let mut sysctls: Vec<_> = linux.sysctl().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
+    sysctls.sort_unstable();
+    Ok(ContainerSpec {
+        id: name.into(),
+        root_readonly: spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly).unwrap_or(false),
+        hostname: spec.hostname().clone(),
+        namespaces,
+        masked_paths: linux.masked_paths().clone().unwrap_or_default(),
+        readonly_paths: linux.readonly_paths().clone().unwrap_or_default(),
+        sysctls,
+        process: process_spec(process)?,
+        ..ContainerSpec::default()
+    })
+}
+
+/// Nothing of what `Linux::default` would ask for.
+fn no_linux() -> Linux {
+    let mut linux = Linux::default();
+    linux.set_namespaces(None).set_masked_paths(None).set_readonly_paths(None);
+    linux
+}
+
+fn namespaces(wanted: &[LinuxNamespace]) -> Result<Vec<Namespace>, BundleError> {
+    let mut namespaces = Vec::new();
+    for (index, namespace) in wanted.iter().enumerate() {
+        let field = |name: &str| format!("linux.namespaces[{index}].{name}");
+        if namespace.path().as_ref().is_some_and(|path| !path.as_os_str().is_empty()) {
+            return Err(unsupported(field("path"), "joining namespaces of the host"));
+        }
+        let own = match namespace.typ() {
+            LinuxNamespaceType::Pid => Namespace::Pid,
+            LinuxNamespaceType::Ipc => Namespace::Ipc,
+            LinuxNamespaceType::Uts => Namespace::Uts,
+            LinuxNamespaceType::Cgroup => Namespace::Cgroup,
+            // A mount namespace is always made; the network is the VM's, in which nothing else runs.
+            LinuxNamespaceType::Mount | LinuxNamespaceType::Network => continue,
+            LinuxNamespaceType::User => return Err(unsupported(field("type"), "user namespaces")),
+            LinuxNamespaceType::Time => return Err(unsupported(field("type"), "time namespaces")),
+        };
+        if namespaces.contains(&own) {
+            return Err(invalid(field("type"), "is there twice"));
+        }
+        namespaces.push(own);
+    }
+    Ok(namespaces)
+}
+
+fn process_spec(process: &Process) -> Result<ProcessSpec, BundleError> {
+    let cwd = process.cwd().to_str().filter(|cwd| cwd.starts_with('/'));
+    let args = process.args().clone().filter(|args| !args.is_empty());
+    Ok(ProcessSpec {
+        args: args.ok_or(BundleError::Missing("process.args"))?,
+        env: process.env().clone().unwrap_or_default(),
+        cwd: cwd.ok_or_else(|| invalid("process.cwd", "is not an absolute path"))?.into(),
+        user: User {
+            uid: process.user().uid(),
+            gid: process.user().gid(),
+            additional_gids: process.user().additional_gids().clone().unwrap_or_default(),
+            umask: process.user().umask(),
+        },
+        // Without the field a process has no capabilities: the kernel's own would be all of them.
+        capabilities: Some(process.capabilities().as_ref().map(capabilities).unwrap_or_default()),
+        rlimits: process.rlimits().iter().flatten().map(rlimit).collect(),
+        no_new_privileges: process.no_new_privileges().unwrap_or(false),
+        oom_score_adj: process.oom_score_adj(),
+        terminal: process.terminal().unwrap_or(false).then(|| console_size(process)),
+        stdin: false,
+    })
+}
+
+fn console_size(process: &Process) -> TerminalSize {
+    let cells = |count: u64| u16::try_from(count).unwrap_or(u16::MAX);
+    let size = process.console_size().unwrap_or_default();
+    TerminalSize { columns: cells(size.width()), rows: cells(size.height()) }
+}
+
+fn capabilities(wanted: &LinuxCapabilities) -> Capabilities {
+    Capabilities {
+        bounding: capability::mask(wanted.bounding().iter().flatten()),
+        effective: capability::mask(wanted.effective().iter().flatten()),
+        permitted: capability::mask(wanted.permitted().iter().flatten()),
+        inheritable: capability::mask(wanted.inheritable().iter().flatten()),
+        ambient: capability::mask(wanted.ambient().iter().flatten()),
+    }
+}
+
+fn rlimit(limit: &PosixRlimit) -> Rlimit {
+    use oci_spec::runtime::PosixRlimitType as Type;
+    let resource = match limit.typ() {
+        Type::RlimitCpu => 0,
+        Type::RlimitFsize => 1,
+        Type::RlimitData => 2,
+        Type::RlimitStack => 3,
+        Type::RlimitCore => 4,
+        Type::RlimitRss => 5,
+        Type::RlimitNproc => 6,
+        Type::RlimitNofile => 7,
+        Type::RlimitMemlock => 8,
+        Type::RlimitAs => 9,
+        Type::RlimitLocks => 10,
+        Type::RlimitSigpending => 11,
+        Type::RlimitMsgqueue => 12,
+        Type::RlimitNice => 13,
+        Type::RlimitRtprio => 14,
+        Type::RlimitRttime => 15,
+    };
+    Rlimit { resource, soft: limit.soft(), hard: limit.hard() }
+}
+
+fn add_mount(
+    container: &mut Container,
+    bundle: &Path,
+    field: &str,
+    wanted: &oci_spec::runtime::Mount,
+) -> Result<(), BundleError> {
+    let options = wanted.options().clone().unwrap_or_default();
+    let mapped = wanted.uid_mappings().is_some() || wanted.gid_mappings().is_some();
+    if mapped || options.iter().any(|option| matches!(option.as_str(), "idmap" | "ridmap")) {
+        return Err(unsupported(field, "ID-mapped mounts"));
+    }
+    let path = wanted.destination().to_str().and_then(destination);
+    let destination =
+        path.ok_or_else(|| invalid(format!("{field}.destination"), "is not an absolute path below /"))?;
+    let kind = wanted.typ().clone().unwrap_or_default();
+    let source = wanted.source().clone().unwrap_or_default();
+    let is_bind = kind == "bind" || options.iter().any(|option| matches!(option.as_str(), "bind" | "rbind"));
+    let mount = if is_bind {
+        let path = bundle.join(source);
+        let field = format!("{field}.source");
+        let source =
+            path.canonicalize().map_err(|source| BundleError::Source { field, path: path.clone(), source })?;
+        let source = container.share(source, is_read_only(&options));
+        Mount { destination, kind: "bind".into(), source, options }
+    } else if FILE_SYSTEMS.contains(&kind.as_str()) {
+        Mount { destination, source: source.to_string_lossy().into_owned(), kind, options }
+    } else {
+        return Err(unsupported(format!("{field}.type"), format!("file system type {kind:?}")));
+    };
+    container.spec.mounts.push(mount);
+    Ok(())
+}
+
+/// The last of `ro` and `rw` counts, as in mount(8).
+fn is_read_only(options: &[String]) -> bool {
+    let access = options.iter().rev().find(|option| matches!(option.as_str(), "ro" | "rw" | "rro" | "rrw"));
+    access.is_some_and(|access| access.ends_with('o'))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::testing::Scratch;
+
+    /// What `runc spec` writes, word for word where it matters.
+    fn runc_spec() -> Value {
+        let capabilities = json!(["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]);
+        let mount = |destination: &str, kind: &str, options: &[&str]| json!({"destination": destination, "type": kind, "source": kind, "options": options});
+        json!({
+            "ociVersion": "1.2.0",
+            "process": {
+                "terminal": true,
+                "user": {"uid": 0, "gid": 0},
+                "args": ["sh"],
+                "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "TERM=xterm"],
+                "cwd": "/",
+                "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
+                "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
+                "noNewPrivileges": true
+            },
+            "root": {"path": "rootfs", "readonly": true},
+            "hostname": "runc",
+            "mounts": [
+                mount("/proc", "proc", &[]),
+                mount("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+                mount("/dev/pts", "devpts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
+                mount("/sys/fs/cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", "ro"])
+            ],
+            "linux": {
+                "resources": {"devices": [{"allow": false, "access": "rwm"}]},
+                "namespaces": [{"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "cgroup"}],
+                "maskedPaths": ["/proc/kcore"],
+                "readonlyPaths": ["/proc/sys"]
+            }
+        })
+    }
+
+    fn read_json(config: &[u8]) -> Result<Container, BundleError> {
+        let scratch = Scratch::new("bundle");
+        scratch.write("config.json", config);
+        scratch.write("rootfs/bin/sh", b"");
+        read("web", scratch.path())
+    }
+
+    fn read_value(config: &Value) -> Result<Container, BundleError> {
+        read_json(config.to_string().as_bytes())
+    }
+
+    /// Sets a field, making the objects above it.
+    fn with(pointer: &str, value: Value) -> Value {
+        let mut config = runc_spec();
+        let mut place = &mut config;
+        for name in pointer[1..].split('/') {
+            place = match name.parse::<usize>() {
+                Ok(index) => &mut place[index],
+                Err(_) => &mut place[name],
+            };
+        }
+        *place = value;
+        config
+    }
+
+    #[test]
+    fn runc_default_is_accepted() {
+        let container = read_value(&runc_spec()).unwrap();
+        let spec = &container.spec;
+        assert_eq!(spec.namespaces, [Namespace::Pid, Namespace::Ipc, Namespace::Uts, Namespace::Cgroup]);
+        assert_eq!(spec.hostname.as_deref(), Some("runc"));
+        assert!(spec.root_readonly && spec.process.no_new_privileges);
+        assert_eq!(spec.process.terminal, Some(TerminalSize::default()));
+        assert_eq!(spec.process.capabilities.unwrap().bounding, 1 << 29 | 1 << 5 | 1 << 10);
+        assert_eq!(spec.process.rlimits, [Rlimit { resource: 7, soft: 1024, hard: 1024 }]);
+        assert_eq!(spec.mounts.len(), 4);
+        assert!(container.rootfs().ends_with("rootfs"));
+    }
+
+    #[test]
+    fn refused_fields_are_named() {
+        let cases = [
+            ("/hooks/createRuntime", json!([{"path": "/bin/true"}]), "hooks"),
+            ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_ERRNO"}), "linux.seccomp.defaultAction"),
+            (
+                "/linux/seccomp",
+                json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["x"], "action": "SCMP_ACT_KILL"}]}),
+                "linux.seccomp.syscalls",
+            ),
+            ("/linux/resources/memory", json!({"limit": 1 << 20}), "linux.resources.memory"),
+            ("/linux/resources/pids", json!({"limit": 10}), "linux.resources.pids"),
+            ("/linux/resources/devices/0/allow", json!(true), "linux.resources.devices[0].allow"),
+            ("/linux/devices", json!([{"path": "/dev/x", "type": "c", "major": 1, "minor": 3}]), "linux.devices"),
+            ("/linux/namespaces/0", json!({"type": "user"}), "linux.namespaces[0].type"),
+            ("/linux/namespaces/1", json!({"type": "network", "path": "/run/netns/x"}), "linux.namespaces[1].path"),
+            ("/linux/uidMappings", json!([{"hostID": 0, "containerID": 0, "size": 1}]), "linux.uidMappings"),
+            ("/linux/rootfsPropagation", json!("shared"), "linux.rootfsPropagation"),
+            ("/process/apparmorProfile", json!("p"), "process.apparmorProfile"),
+            ("/process/selinuxLabel", json!("l"), "process.selinuxLabel"),
+            ("/mounts/0/type", json!("nfs"), "mounts[0].type"),
+            ("/mounts/0/options", json!(["idmap"]), "mounts[0]"),
+            ("/domainname", json!("d"), "domainname"),
+        ];
+        for (pointer, value, field) in cases {
+            let error = read_value(&with(pointer, value)).unwrap_err();
+            let BundleError::Unsupported { field: named, .. } = &error else { panic!("{pointer}: {error}") };
+            assert_eq!(named, field);
+        }
+    }
+
+    #[test]
+    fn empty_forms_of_refused_fields_are_accepted() {
+        for (pointer, value) in [
+            ("/hooks", json!({"prestart": []})),
+            ("/linux/resources/pids", json!({"limit": -1})),
+            ("/linux/resources/memory", json!({"disableOOMKiller": false})),
+            ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_ALLOW"})),
+            ("/linux/devices", json!([])),
+            ("/process/apparmorProfile", json!("")),
+            ("/linux/cgroupsPath", json!("/krx/web")),
+            ("/annotations", json!({"a": "b"})),
+        ] {
+            read_value(&with(pointer, value)).unwrap_or_else(|error| panic!("{pointer}: {error}"));
+        }
+    }
+
+    #[test]
+    fn bind_mounts_become_share_entries() {
+        let scratch = Scratch::new("bundle");
+        scratch.write("rootfs/x", b"");
+        scratch.write("data/file", b"");
+        let mut config = runc_spec();
+        config["mounts"][0] =
+            json!({"destination": "/data", "type": "none", "source": "data", "options": ["rbind", "ro"]});
+        scratch.write("config.json", config.to_string().as_bytes());
+        let container = read("web", scratch.path()).unwrap();
+        let entry = &container.shared()[1];
+        assert!(entry.source.ends_with("data") && entry.read_only);
+        assert_eq!(container.spec.mounts[0].source, format!("/run/krx/share/{}", entry.name));
+        assert_eq!(container.spec.mounts[0].kind, "bind");
+    }
+
+    #[test]
+    fn bad_values_are_errors_with_a_name() {
+        for (pointer, value, word) in [
+            ("/process/args", json!([]), "process.args"),
+            ("/process/cwd", json!("relative"), "process.cwd"),
+            ("/mounts/0/destination", json!("proc"), "mounts[0].destination"),
+            ("/mounts/0/destination", json!("/a/../../b"), "mounts[0].destination"),
+            ("/linux/namespaces", json!([{"type": "pid"}]), "hostname"),
+            ("/linux/namespaces/1", json!({"type": "pid"}), "linux.namespaces[1].type"),
+            ("/root", Value::Null, "root"),
+            ("/process", Value::Null, "process"),
+        ] {
+            let error = read_value(&with(pointer, value)).unwrap_err().to_string();
+            assert!(error.contains(word), "{pointer}: {error}");
+        }
+        let missing = with("/mounts/0", json!({"destination": "/d", "type": "bind", "source": "/nonexistent"}));
+        assert!(read_value(&missing).unwrap_err().to_string().contains("/nonexistent"));
+    }
+
+    #[test]
+    fn hostile_files_are_errors_and_not_panics() {
+        let nested = "[".repeat(200_000);
+        let huge = vec![b' '; usize::try_from(MAX_CONFIG).unwrap() + 1];
+        for bytes in [&b""[..], b"null", b"[]", b"{", b"{}", b"\xff\xfe", nested.as_bytes(), &huge] {
+            assert!(read_json(bytes).is_err());
+        }
+        for (pointer, value) in [
+            ("/process/user/uid", json!(-1)),
+            ("/process/user/uid", json!(1_u64 << 32)),
+            ("/process/rlimits/0/type", json!("RLIMIT_X")),
+            ("/process/capabilities/bounding", json!(["CAP_EVERYTHING"])),
+            ("/linux/namespaces/0/type", json!("galaxy")),
+            ("/mounts", json!({})),
+        ] {
+            assert!(matches!(read_value(&with(pointer, value)), Err(BundleError::Parse { .. })), "{pointer}");
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! A container as the host describes it: what the agent is told, and the host's files that have to be shared for it.
+//!
+//! The two belong together: a mount in the specification names a path in the guest, which exists because an entry
+//! of the share has that name. Whether a path exists is checked here, before anything is started.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use krx_proto::{ContainerSpec, Mount, SHARE_PATH};
+use krx_vmm::config::ShareEntry;
+
+use crate::default_spec;
+use crate::volume::Volume;
+
+/// Name in the share of the container's root.
+const ROOTFS: &str = "rootfs";
+
+/// Why a container cannot be made of what was given.
+#[derive(Debug, thiserror::Error)]
+pub enum ContainerError {
+    #[error("Root file system {path} cannot be used")]
+    Rootfs { path: PathBuf, #[source] source: io::Error },
+    #[error("Root file system {0} is not a directory")]
+    NotDirectory(PathBuf),
+    #[error("{0} is mounted on twice")]
+    Twice(String),
+}
+
+/// A container and what it needs of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Container {
+    /// `rootfs` and the sources of bind mounts are paths in the guest.
+    pub spec: ContainerSpec,
+    /// The root file system, then volumes.
+    shared: Vec<ShareEntry>,
+}
+
+impl Container {
+    /// A container with the defaults of krx on a root file system.
+    ///
+    /// # Errors
+    /// `rootfs` is not a directory that can be used.
+    pub fn on_rootfs(name: &str, rootfs: &Path) -> Result<Self, ContainerError> {
+        Self::new(default_spec::container(name), rootfs)
+    }
+
+    /// A container as `spec` says, whose `rootfs` is still to be shared.
+    ///
+    /// # Errors
+    /// As [`Self::on_rootfs`].
+    pub fn new(mut spec: ContainerSpec, rootfs: &Path) -> Result<Self, ContainerError> {
+        let failed = |source| ContainerError::Rootfs { path: rootfs.into(), source };
+        let source = rootfs.canonicalize().map_err(failed)?;
+        if !fs::metadata(&source).map_err(failed)?.is_dir() {
+            return Err(ContainerError::NotDirectory(rootfs.into()));
+        }
+        spec.rootfs = format!("{SHARE_PATH}/{ROOTFS}");
+        Ok(Self { spec, shared: vec![ShareEntry { name: ROOTFS.into(), source, read_only: false }] })
+    }
+
+    /// Shares a directory or file of the host and returns where the guest finds it.
+    pub fn share(&mut self, source: PathBuf, read_only: bool) -> String {
+        let name = format!("volume-{}", self.shared.len());
+        let path = format!("{SHARE_PATH}/{name}");
+        self.shared.push(ShareEntry { name, source, read_only });
+        path
+    }
+
+    /// Mounts volumes over all other mounts, those nearer to the root first.
+    ///
+    /// # Errors
+    /// Two of them have the same destination.
+    pub fn add_volumes(&mut self, mut volumes: Vec<Volume>) -> Result<(), ContainerError> {
+        volumes.sort_by_key(|volume| volume.destination.split('/').count());
+        for (index, volume) in volumes.iter().enumerate() {
+            if volumes[..index].iter().any(|other| other.destination == volume.destination) {
+                return Err(ContainerError::Twice(volume.destination.clone()));
+            }
+        }
+        for Volume { source, destination, read_only } in volumes {
+            let source = self.share(source, read_only);
+            let access = if read_only { "ro" } else { "rw" };
+            let options = vec!["rbind".into(), access.into()];
+            self.spec.mounts.push(Mount { destination, kind: "bind".into(), source, options });
+        }
+        Ok(())
+    }
+
+    /// The root file system on the host.
+    #[must_use]
+    pub fn rootfs(&self) -> &Path {
+        self.shared.first().map_or(Path::new("/"), |entry| &entry.source)
+    }
+
+    /// Entries of the pod's share.
+    #[must_use]
+    pub fn shared(&self) -> &[ShareEntry] {
+        &self.shared
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Scratch;
+
+    fn volume(destination: &str, read_only: bool) -> Volume {
+        Volume { source: "/tmp".into(), destination: destination.into(), read_only }
+    }
+
+    #[test]
+    fn rootfs_has_to_be_a_directory() {
+        let scratch = Scratch::new("container");
+        let file = scratch.write("file", b"");
+        assert!(matches!(Container::on_rootfs("c", &file), Err(ContainerError::NotDirectory(_))));
+        let missing = scratch.path().join("missing");
+        let error = Container::on_rootfs("c", &missing).unwrap_err();
+        assert!(error.to_string().contains("missing"), "{error}");
+    }
+
+    #[test]
+    fn volumes_become_share_entries_and_mounts() {
+        let scratch = Scratch::new("container");
+        let mut container = Container::on_rootfs("c", scratch.path()).unwrap();
+        container.add_volumes(vec![volume("/a/b", true), volume("/a", false)]).unwrap();
+        let mounts: Vec<_> =
+            container.spec.mounts.iter().filter(|mount| mount.kind == "bind").cloned().collect();
+        assert_eq!(mounts[0].destination, "/a");
+        assert_eq!(mounts[1].source, "/run/krx/share/volume-2");
+        assert!(mounts[1].options.contains(&"ro".into()));
+        let names: Vec<_> = container.shared().iter().map(|entry| entry.name.as_str()).collect();
+        assert_eq!(names, ["rootfs", "volume-1", "volume-2"]);
+        assert!(container.shared()[2].read_only);
+    }
+
+    #[test]
+    fn destinations_are_used_once() {
+        let scratch = Scratch::new("container");
+        let mut container = Container::on_rootfs("c", scratch.path()).unwrap();
+        let twice = vec![volume("/a", true), volume("/a", false)];
+        assert!(matches!(container.add_volumes(twice), Err(ContainerError::Twice(_))));
+    }
+}

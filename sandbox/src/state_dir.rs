@@ -1,0 +1,453 @@
+//! A pod's directory below `/run/krx`: its lock, its sockets and what others may know of it.
+//!
+//! Whoever holds the lock of `NAME/lock` owns the name. The VMM inherits the locked descriptor, so the lock is free
+//! exactly when owner and VMM are both gone: a directory whose lock can be taken is stale, and the next command
+//! removes it. Nothing here is removed recursively: below `share/` lie other people's files.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use std::{env, process, thread};
+
+use krx_proto::{ProcessSpec, port, validate_id};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+
+/// Where all pods' directories lie, unless `KRX_STATE_DIR` says otherwise.
+const DEFAULT_ROOT: &str = "/run/krx";
+const LOCK: &str = "lock";
+const STATE: &str = "state.json";
+/// `sun_path` of a unix socket address holds 108 bytes, the last one zero (unix(7)).
+const MAX_SOCKET_PATH: usize = 107;
+/// How long a name stays taken after its owner was killed: the VMM sees the owner's end and stops the guest.
+const VMM_AFTERLIFE: Duration = Duration::from_secs(3);
+/// How long a held lock is looked at again: another command may hold it just to clean up.
+const CLEANING: Duration = Duration::from_millis(50);
+/// Largest `state.json` read: more cannot be one of ours.
+const MAX_STATE: u64 = 8 << 20;
+
+/// Why a state directory could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    #[error("{0:?} cannot name a pod: use 1 to 76 of A-Z a-z 0-9 _ . - and start with none of . -")]
+    Name(String),
+    #[error("A pod named {name} already exists: process {holder} holds it. Choose another --name, or end it with `krx kill {name}`")]
+    InUse { name: String, holder: u32 },
+    #[error("No pod named {0} is running. `krx ps` lists those that are")]
+    NotFound(String),
+    #[error("Pod {0} is still starting. Try again when its container runs")]
+    Starting(String),
+    #[error("Socket paths in {0} would be over {MAX_SOCKET_PATH} bytes: choose a shorter name or KRX_STATE_DIR")]
+    TooLong(PathBuf),
+    #[error("Cannot use {path}. Run krx as root, or set KRX_STATE_DIR to a directory of your own")]
+    Io { path: PathBuf, #[source] source: io::Error },
+    #[error("{0} is not a state that this version of krx wrote")]
+    Unreadable(PathBuf, #[source] serde_json::Error),
+}
+
+/// What other commands may know of a running pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodState {
+    pub name: String,
+    /// The process that owns the pod.
+    pub owner_pid: u32,
+    pub vmm_pid: u32,
+    /// Seconds since 1970.
+    pub started: u64,
+    pub vcpus: u32,
+    pub memory_mib: u64,
+    /// The container's root file system on the host.
+    pub rootfs: PathBuf,
+    pub container: String,
+    /// The container's first process; `krx exec` starts from its environment, user and capabilities.
+    pub process: ProcessSpec,
+}
+
+/// One line of a listing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    pub name: String,
+    pub owner_pid: u32,
+    /// None while the pod is starting.
+    pub state: Option<PodState>,
+}
+
+/// The directory of all pods.
+#[derive(Debug, Clone)]
+pub struct StateRoot(PathBuf);
+
+/// A pod's own directory, removed when dropped.
+#[derive(Debug)]
+pub struct StateDir {
+    path: PathBuf,
+    lock: Flock<File>,
+}
+
+/// Paths inside a pod's directory.
+#[derive(Debug, Clone)]
+pub struct PodPaths(PathBuf);
+
+impl PodPaths {
+    /// Unix socket that leads to the guest's vsock ports.
+    #[must_use]
+    pub fn vsock(&self) -> PathBuf {
+        self.0.join("vsock.sock")
+    }
+
+    /// Unix socket on which the host hears the guest's connections to its control port.
+    #[must_use]
+    pub fn agent_listener(&self) -> PathBuf {
+        self.0.join(format!("vsock.sock_{}", port::CONTROL))
+    }
+
+    /// Control socket of the VMM.
+    #[must_use]
+    pub fn control(&self) -> PathBuf {
+        self.0.join("vmm.sock")
+    }
+
+    /// Where the VMM builds the pod's share, in a mount namespace of its own.
+    #[must_use]
+    pub fn share(&self) -> PathBuf {
+        self.0.join("share")
+    }
+}
+
+/// What became of an attempt to take a directory's lock.
+enum Attempt {
+    Taken(Flock<File>),
+    Held(u32),
+    /// The directory or the lock file was removed meanwhile.
+    Gone,
+}
+
+impl StateRoot {
+    /// `KRX_STATE_DIR`, or `/run/krx`.
+    #[must_use]
+    pub fn from_env() -> Self {
+        Self(env::var_os("KRX_STATE_DIR").map_or_else(|| DEFAULT_ROOT.into(), PathBuf::from))
+    }
+
+    #[must_use]
+    pub fn at(path: &Path) -> Self {
+        Self(path.into())
+    }
+
+    /// Takes `name`: of several processes that try at once, one gets it.
+    ///
+    /// # Errors
+    /// A bad name, a name in use, a directory that cannot be made.
+    pub fn create(&self, name: &str) -> Result<StateDir, StateError> {
+        let path = self.pod(name)?;
+        if PodPaths(path.clone()).agent_listener().as_os_str().len() > MAX_SOCKET_PATH {
+            return Err(StateError::TooLong(path));
+        }
+        let failed = |source| StateError::Io { path: path.clone(), source };
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.0).map_err(failed)?;
+        let begin = Instant::now();
+        let mut lock = loop {
+            match DirBuilder::new().mode(0o700).create(&path) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
+                _ => {}
+            }
+            match try_lock(&path, true).map_err(failed)? {
+                Attempt::Taken(lock) => break lock,
+                Attempt::Gone => {}
+                Attempt::Held(holder) => {
+                    let patience = if alive(holder) { CLEANING } else { VMM_AFTERLIFE };
+                    if begin.elapsed() > patience {
+                        return Err(StateError::InUse { name: name.into(), holder });
+                    }
+                    thread::sleep(Duration::from_millis(5));
+                }
+            }
+        };
+        clear(&path, &[LOCK]);
+        lock.set_len(0).and_then(|()| write!(lock, "{}", process::id())).map_err(failed)?;
+        let directory = StateDir { path, lock };
+        let share = directory.paths().share();
+        DirBuilder::new().mode(0o700).create(&share).map_err(|source| StateError::Io { path: share, source })?;
+        Ok(directory)
+    }
+
+    /// Paths and state of a running pod of someone else.
+    ///
+    /// # Errors
+    /// No such pod, or one that has not got its container yet.
+    pub fn open(&self, name: &str) -> Result<(PodPaths, PodState), StateError> {
+        let path = self.pod(name)?;
+        match examine(&path) {
+            Ok(Some(Listed { state: Some(state), .. })) => Ok((PodPaths(path), state)),
+            Ok(Some(_)) => Err(StateError::Starting(name.into())),
+            Ok(None) => Err(StateError::NotFound(name.into())),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Running pods in order of their names; stale directories met on the way are removed.
+    ///
+    /// # Errors
+    /// The root exists and cannot be read. A single pod's unreadable state is left out.
+    pub fn list(&self) -> Result<Vec<Listed>, StateError> {
+        let failed = |source| StateError::Io { path: self.0.clone(), source };
+        let entries = match fs::read_dir(&self.0) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(failed)?,
+        };
+        let mut pods: Vec<_> = entries
+            .flatten()
+            .filter(|entry| entry.file_name().to_str().is_some_and(validate_id))
+            .filter_map(|entry| examine(&entry.path()).ok().flatten())
+            .collect();
+        pods.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(pods)
+    }
+
+    fn pod(&self, name: &str) -> Result<PathBuf, StateError> {
+        if validate_id(name) { Ok(self.0.join(name)) } else { Err(StateError::Name(name.into())) }
+    }
+}
+
+impl StateDir {
+    #[must_use]
+    pub fn paths(&self) -> PodPaths {
+        PodPaths(self.path.clone())
+    }
+
+    /// The locked file; a child that inherits it keeps the name taken.
+    #[must_use]
+    pub fn lock(&self) -> BorrowedFd<'_> {
+        self.lock.as_fd()
+    }
+
+    /// Publishes the pod for other commands, all at once.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn publish(&self, state: &PodState) -> Result<(), StateError> {
+        let path = self.path.join(STATE);
+        let failed = |source| StateError::Io { path: path.clone(), source };
+        let json = serde_json::to_vec(state).map_err(|error| failed(error.into()))?;
+        let new = self.path.join("state.new");
+        fs::write(&new, json).and_then(|()| fs::rename(&new, &path)).map_err(failed)
+    }
+}
+
+impl Drop for StateDir {
+    fn drop(&mut self) {
+        remove(&self.path);
+    }
+}
+
+/// A live pod, or `None` for a directory that was stale and is now removed.
+fn examine(path: &Path) -> Result<Option<Listed>, StateError> {
+    let failed = |source| StateError::Io { path: path.into(), source };
+    let owner_pid = match try_lock(path, false).map_err(failed)? {
+        Attempt::Taken(_lock) => {
+            remove(path);
+            return Ok(None);
+        }
+        Attempt::Gone => return Ok(None),
+        Attempt::Held(holder) => holder,
+    };
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let file = path.join(STATE);
+    let state = match File::open(&file) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        opened => {
+            let json = opened.and_then(|file| read_capped(file, MAX_STATE)).map_err(failed)?;
+            Some(serde_json::from_slice(&json).map_err(|error| StateError::Unreadable(file, error))?)
+        }
+    };
+    Ok(Some(Listed { name, owner_pid, state }))
+}
+
+fn try_lock(directory: &Path, create: bool) -> io::Result<Attempt> {
+    let path = directory.join(LOCK);
+    let mut file = match OpenOptions::new().read(true).write(true).create(create).truncate(false).open(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Attempt::Gone),
+        opened => opened?,
+    };
+    // Before the lock: after a failed attempt the file is given back.
+    let mut holder = String::new();
+    (&mut file).take(10).read_to_string(&mut holder)?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => {
+            // Between open and lock the former owner may have removed the file: its lock then guards nothing.
+            let current = fs::metadata(&path).is_ok_and(|now| lock.metadata().is_ok_and(|own| same(&own, &now)));
+            if !current {
+                return Ok(Attempt::Gone);
+            }
+            io::Seek::rewind(&mut &*lock)?;
+            Ok(Attempt::Taken(lock))
+        }
+        Err((_, Errno::EWOULDBLOCK)) => Ok(Attempt::Held(holder.trim().parse().unwrap_or_default())),
+        Err((_, error)) => Err(error.into()),
+    }
+}
+
+fn same(a: &fs::Metadata, b: &fs::Metadata) -> bool {
+    (a.dev(), a.ino()) == (b.dev(), b.ino())
+}
+
+/// Whether a process with this PID exists. PID 0 stands for a holder that has not written its own yet.
+fn alive(pid: u32) -> bool {
+    match i32::try_from(pid) {
+        Ok(pid) if pid > 0 => kill(Pid::from_raw(pid), None) != Err(Errno::ESRCH),
+        _ => true,
+    }
+}
+
+/// Removes a pod's directory, whose lock the caller holds; the lock file goes last.
+fn remove(path: &Path) {
+    clear(path, &[LOCK]);
+    let _ = fs::remove_file(path.join(LOCK));
+    // Fails, rightly, when someone has made a new lock file meanwhile.
+    let _ = fs::remove_dir(path);
+}
+
+/// Removes the entries of a directory but `keep`: files by unlink, directories only if empty. A mount that should
+/// never be seen here would otherwise have its files deleted.
+fn clear(path: &Path, keep: &[&str]) {
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        if keep.iter().any(|name| entry.file_name() == **name) {
+            continue;
+        }
+        let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        let _ = if is_directory { fs::remove_dir(entry.path()) } else { fs::remove_file(entry.path()) };
+    }
+}
+
+/// Reads at most `limit` bytes; a longer file is an error rather than cut.
+pub(crate) fn read_capped(file: File, limit: u64) -> io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    file.take(limit + 1).read_to_end(&mut content)?;
+    if content.len() as u64 > limit {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("File is over {limit} bytes")));
+    }
+    Ok(content)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Barrier};
+
+    use super::*;
+    use crate::testing::Scratch;
+
+    fn state(name: &str) -> PodState {
+        PodState {
+            name: name.into(),
+            owner_pid: process::id(),
+            vmm_pid: 2,
+            started: 3,
+            vcpus: 1,
+            memory_mib: 128,
+            rootfs: "/r".into(),
+            container: name.into(),
+            process: ProcessSpec::default(),
+        }
+    }
+
+    #[test]
+    fn name_in_use_names_its_holder() {
+        let scratch = Scratch::new("state");
+        let root = StateRoot::at(scratch.path());
+        let _held = root.create("web").unwrap();
+        let error = root.create("web").unwrap_err();
+        assert!(matches!(error, StateError::InUse { holder, .. } if holder == process::id()), "{error}");
+    }
+
+    #[test]
+    fn directory_is_private_and_goes_with_its_owner() {
+        let scratch = Scratch::new("state");
+        let root = StateRoot::at(&scratch.path().join("made"));
+        let held = root.create("web").unwrap();
+        held.publish(&state("web")).unwrap();
+        let mode = fs::metadata(scratch.path().join("made/web")).unwrap().mode();
+        assert_eq!(mode & 0o777, 0o700);
+        drop(held);
+        assert!(!scratch.path().join("made/web").exists());
+    }
+
+    #[test]
+    fn names_that_leave_the_directory_are_refused() {
+        let root = StateRoot::at(Path::new("/nonexistent"));
+        for name in ["", "..", "a/b", "-x"] {
+            assert!(matches!(root.create(name), Err(StateError::Name(_))), "{name:?}");
+            assert!(matches!(root.open(name), Err(StateError::Name(_))), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn stale_directory_is_taken_over_and_swept() {
+        let scratch = Scratch::new("state");
+        let root = StateRoot::at(scratch.path());
+        for file in ["web/lock", "web/vsock.sock", "web/state.json", "old/lock", "old/vmm.sock"] {
+            scratch.write(file, b"4000000000");
+        }
+        let held = root.create("web").unwrap();
+        assert!(!scratch.path().join("web/vsock.sock").exists());
+        let names: Vec<_> = root.list().unwrap().into_iter().map(|pod| pod.name).collect();
+        assert_eq!(names, ["web"]);
+        assert!(!scratch.path().join("old").exists());
+        drop(held);
+    }
+
+    #[test]
+    fn files_below_share_survive_everything() {
+        let scratch = Scratch::new("state");
+        let precious = scratch.write("web/share/rootfs/precious", b"data");
+        scratch.write("web/lock", b"");
+        let root = StateRoot::at(scratch.path());
+        assert!(root.create("web").is_err());
+        assert!(root.list().unwrap().is_empty());
+        assert!(precious.exists());
+    }
+
+    #[test]
+    fn pods_are_seen_by_others_once_published() {
+        let scratch = Scratch::new("state");
+        let root = StateRoot::at(scratch.path());
+        assert!(matches!(root.open("web"), Err(StateError::NotFound(_))));
+        let held = root.create("web").unwrap();
+        assert!(matches!(root.open("web"), Err(StateError::Starting(_))));
+        held.publish(&state("web")).unwrap();
+        assert_eq!(root.open("web").unwrap().1, state("web"));
+        assert_eq!(root.list().unwrap()[0].state, Some(state("web")));
+        scratch.write("web/state.json", b"{\"name\":");
+        assert!(matches!(root.open("web"), Err(StateError::Unreadable(..))));
+    }
+
+    #[test]
+    fn long_paths_are_refused_with_the_reason() {
+        let scratch = Scratch::new("state");
+        let root = StateRoot::at(&scratch.path().join("x".repeat(80)));
+        assert!(matches!(root.create("web"), Err(StateError::TooLong(_))));
+    }
+
+    /// Many at once, over a directory that is stale at first: exactly one owner at any time.
+    #[test]
+    fn one_of_many_gets_the_name() {
+        let scratch = Scratch::new("state");
+        scratch.write("web/lock", b"");
+        let start = Arc::new(Barrier::new(8));
+        let owners: Vec<_> = (0..8)
+            .map(|_| {
+                let (start, root) = (start.clone(), StateRoot::at(scratch.path()));
+                thread::spawn(move || {
+                    start.wait();
+                    root.create("web")
+                })
+            })
+            .collect();
+        let results: Vec<_> = owners.into_iter().map(|owner| owner.join().unwrap()).collect();
+        assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
+    }
+}
