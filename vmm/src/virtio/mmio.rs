@@ -40,7 +40,12 @@ pub trait WorkerHost: Send {
     ///
     /// # Errors
     /// When the host cannot give a thread or watch a descriptor.
-    fn start(&self, worker: Box<dyn Worker>, of: &dyn Device, interrupt: Interrupt) -> Result<Box<dyn Running>, DeviceError>;
+    fn start(
+        &self,
+        worker: Box<dyn Worker>,
+        of: &dyn Device,
+        interrupt: Interrupt,
+    ) -> Result<Box<dyn Running>, DeviceError>;
 }
 
 /// A worker at work; see [`WorkerHost::start`].
@@ -272,4 +277,276 @@ fn set_low(value: &mut u64, low: u32) {
 
 fn set_high(value: &mut u64, high: u32) {
     *value = (*value & 0xffff_ffff) | u64::from(high) << 32;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::testing;
+    use crate::virtio::device::DeviceKind;
+
+    /// A device with two queues that counts its workers.
+    struct Dummy(Arc<AtomicUsize>);
+
+    struct Counted(Arc<AtomicUsize>);
+
+    impl Drop for Counted {
+        fn drop(&mut self) {
+            self.0.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    impl Worker for Counted {
+        fn fd(&self) -> std::os::fd::RawFd {
+            -1
+        }
+
+        fn run(&mut self) -> Result<(), DeviceError> {
+            Ok(())
+        }
+    }
+
+    impl Device for Dummy {
+        fn kind(&self) -> DeviceKind {
+            DeviceKind::Rng
+        }
+
+        fn features(&self) -> u64 {
+            1 << 3
+        }
+
+        fn queue_sizes(&self) -> &[u16] {
+            &[16, 8]
+        }
+
+        fn activate(&mut self, activation: Activation) -> Result<Box<dyn Worker>, DeviceError> {
+            assert_eq!(activation.queues.len(), 2);
+            self.0.fetch_add(1, Ordering::SeqCst);
+            Ok(Box::new(Counted(self.0.clone())))
+        }
+    }
+
+    struct Holder;
+
+    struct Held(#[expect(dead_code, reason = "dropped with the transport's hold")] Box<dyn Worker>);
+
+    impl Running for Held {}
+
+    impl WorkerHost for Holder {
+        fn start(
+            &self,
+            worker: Box<dyn Worker>,
+            _: &dyn Device,
+            _: Interrupt,
+        ) -> Result<Box<dyn Running>, DeviceError> {
+            Ok(Box::new(Held(worker)))
+        }
+    }
+
+    struct Guest {
+        transport: MmioTransport<Holder>,
+        workers: Arc<AtomicUsize>,
+    }
+
+    impl Guest {
+        fn new() -> Self {
+            let workers = Arc::new(AtomicUsize::new(0));
+            let kicks = vec![testing::event(), testing::event()];
+            let device = Box::new(Dummy(workers.clone()));
+            let transport =
+                MmioTransport::new(device, testing::memory(1), testing::interrupt().0, kicks, Holder);
+            Self { transport, workers }
+        }
+
+        fn write(&mut self, register: u32, value: u32) {
+            self.transport.write(register.into(), &value.to_le_bytes());
+        }
+
+        fn read(&mut self, register: u32) -> u32 {
+            let mut word = [0; 4];
+            self.transport.read(register.into(), &mut word);
+            u32::from_le_bytes(word)
+        }
+
+        fn status(&mut self) -> u32 {
+            self.read(register::VIRTIO_MMIO_STATUS)
+        }
+
+        fn set_status(&mut self, status: u32) -> u32 {
+            self.write(register::VIRTIO_MMIO_STATUS, status);
+            self.status()
+        }
+
+        /// Up to FEATURES_OK, as virtio 1.2, 3.1.1 has it.
+        fn negotiate(&mut self) {
+            self.set_status(ACKNOWLEDGE);
+            self.set_status(DRIVER);
+            self.write(register::VIRTIO_MMIO_DRIVER_FEATURES_SEL, 1);
+            self.write(register::VIRTIO_MMIO_DRIVER_FEATURES, 1);
+            assert_eq!(self.set_status(FEATURES_OK), FEATURES_OK);
+        }
+
+        fn set_queue(&mut self, queue: u32, size: u32, at: u32) {
+            self.write(register::VIRTIO_MMIO_QUEUE_SEL, queue);
+            self.write(register::VIRTIO_MMIO_QUEUE_NUM, size);
+            self.write(register::VIRTIO_MMIO_QUEUE_DESC_LOW, at);
+            self.write(register::VIRTIO_MMIO_QUEUE_AVAIL_LOW, at + 0x1000);
+            self.write(register::VIRTIO_MMIO_QUEUE_USED_LOW, at + 0x2000);
+            self.write(register::VIRTIO_MMIO_QUEUE_READY, 1);
+        }
+
+        fn start(&mut self) -> u32 {
+            self.negotiate();
+            self.set_queue(0, 16, 0x1_0000);
+            self.set_queue(1, 8, 0x2_0000);
+            self.set_status(DRIVER_OK)
+        }
+
+        fn workers(&self) -> usize {
+            self.workers.load(Ordering::SeqCst)
+        }
+    }
+
+    const NEEDS_RESET: u32 = virtio_bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
+
+    #[test]
+    fn registers_tell_what_the_device_is() {
+        let mut guest = Guest::new();
+        assert_eq!(guest.read(register::VIRTIO_MMIO_MAGIC_VALUE), MAGIC);
+        assert_eq!(guest.read(register::VIRTIO_MMIO_VERSION), 2);
+        assert_eq!(guest.read(register::VIRTIO_MMIO_DEVICE_ID), 4);
+        assert_eq!(guest.read(register::VIRTIO_MMIO_QUEUE_NUM_MAX), 16);
+        guest.write(register::VIRTIO_MMIO_QUEUE_SEL, 2);
+        assert_eq!(guest.read(register::VIRTIO_MMIO_QUEUE_NUM_MAX), 0, "there is no third queue");
+        assert_eq!(guest.read(register::VIRTIO_MMIO_DEVICE_FEATURES), 1 << 3);
+        guest.write(register::VIRTIO_MMIO_DEVICE_FEATURES_SEL, 1);
+        assert_eq!(guest.read(register::VIRTIO_MMIO_DEVICE_FEATURES), 1);
+        guest.write(register::VIRTIO_MMIO_DEVICE_FEATURES_SEL, u32::MAX);
+        assert_eq!(guest.read(register::VIRTIO_MMIO_DEVICE_FEATURES), 0);
+    }
+
+    #[test]
+    fn driver_in_order_starts_the_device_and_reset_takes_it_back() {
+        let mut guest = Guest::new();
+        for _ in 0..3 {
+            assert_eq!(guest.start(), DRIVER_OK);
+            assert_eq!(guest.workers(), 1);
+            assert_eq!(guest.set_status(0), 0);
+            assert_eq!(guest.workers(), 0);
+        }
+    }
+
+    #[test]
+    fn status_out_of_order_changes_nothing() {
+        for status in
+            [DRIVER, FEATURES_OK, DRIVER_OK, VIRTIO_CONFIG_S_DRIVER_OK, u32::MAX & !VIRTIO_CONFIG_S_FAILED]
+        {
+            let mut guest = Guest::new();
+            assert_eq!(guest.set_status(status), 0, "{status:#x}");
+            assert_eq!(guest.workers(), 0);
+        }
+        let mut guest = Guest::new();
+        guest.start();
+        assert_eq!(guest.set_status(DRIVER_OK), DRIVER_OK, "a second DRIVER_OK is none");
+        assert_eq!(guest.set_status(ACKNOWLEDGE), DRIVER_OK, "status bits are never cleared but by reset");
+        assert_eq!(guest.workers(), 1);
+    }
+
+    #[test]
+    fn failed_driver_starts_nothing() {
+        let mut guest = Guest::new();
+        guest.negotiate();
+        guest.set_status(FEATURES_OK | VIRTIO_CONFIG_S_FAILED);
+        guest.set_status(DRIVER_OK);
+        assert_eq!(guest.workers(), 0);
+    }
+
+    #[test]
+    fn features_not_offered_are_not_accepted() {
+        for (low, high) in [(1, 1), (0, 0), (0, 3), (u32::MAX, u32::MAX)] {
+            let mut guest = Guest::new();
+            guest.set_status(ACKNOWLEDGE);
+            guest.set_status(DRIVER);
+            for (select, value) in [(0, low), (1, high), (7, u32::MAX)] {
+                guest.write(register::VIRTIO_MMIO_DRIVER_FEATURES_SEL, select);
+                guest.write(register::VIRTIO_MMIO_DRIVER_FEATURES, value);
+            }
+            assert_eq!(guest.set_status(FEATURES_OK), DRIVER, "{low:#x} {high:#x}");
+        }
+    }
+
+    #[test]
+    fn queues_that_cannot_be_cost_the_device() {
+        for (size, at) in
+            [(0, 0x1_0000), (3, 0x1_0000), (32, 0x1_0000), (u32::MAX, 0x1_0000), (16, 0xf_ff00), (16, 8)]
+        {
+            let mut guest = Guest::new();
+            guest.negotiate();
+            guest.set_queue(1, 8, 0x2_0000);
+            guest.set_queue(0, size, at);
+            assert_eq!(guest.set_status(DRIVER_OK), DRIVER_OK | NEEDS_RESET, "{size} {at:#x}");
+            assert_eq!(guest.workers(), 0);
+            guest.set_status(0);
+            assert_eq!(guest.start(), DRIVER_OK, "a reset mends it");
+        }
+    }
+
+    #[test]
+    fn queue_left_unready_costs_the_device() {
+        let mut guest = Guest::new();
+        guest.negotiate();
+        guest.set_queue(0, 16, 0x1_0000);
+        assert_eq!(guest.set_status(DRIVER_OK), DRIVER_OK | NEEDS_RESET);
+    }
+
+    #[test]
+    fn live_queue_cannot_be_moved() {
+        let mut guest = Guest::new();
+        guest.start();
+        guest.set_queue(0, 8, 0x3_0000);
+        assert_eq!(guest.transport.queues[0].size, 16);
+        assert_eq!(guest.transport.queues[0].descriptors, 0x1_0000);
+    }
+
+    #[test]
+    fn accesses_of_any_width_and_place_are_harmless() {
+        let mut guest = Guest::new();
+        guest.start();
+        for offset in (0..0x1004).chain([u64::from(u32::MAX), u64::MAX]) {
+            for width in [0, 1, 2, 3, 8, 16] {
+                guest.transport.read(offset, &mut vec![0xaa; width]);
+                // A status register that is not written as a word is not written.
+                guest.transport.write(offset, &vec![0; width]);
+            }
+        }
+        assert_eq!((guest.status(), guest.workers()), (DRIVER_OK, 1));
+    }
+
+    /// A few hundred thousand writes of registers in an order no driver has.
+    #[test]
+    fn register_storm_never_panics() {
+        let mut guest = Guest::new();
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        for _ in 0..300_000 {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            let register = u32::try_from(state % 0x110).unwrap() & !3;
+            let value = match state >> 60 {
+                0..4 => u32::try_from(state >> 32 & 0xff).unwrap(),
+                4..8 => 0x1_0000 * u32::try_from(state >> 32 & 0x1f).unwrap(),
+                8..12 => {
+                    [ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK][usize::try_from(state >> 32 & 3).unwrap()]
+                }
+                _ => u32::try_from(state >> 32).unwrap(),
+            };
+            guest.write(register, value);
+            guest.read(register);
+        }
+        guest.set_status(0);
+        assert_eq!((guest.start(), guest.workers()), (DRIVER_OK, 1));
+    }
 }
