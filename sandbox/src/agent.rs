@@ -67,7 +67,9 @@ pub struct Pending(mpsc::Receiver<Result<Answer, AgentError>>);
 
 /// Who waits for which reply; `None` once the connection is gone.
 #[derive(Debug)]
-struct Replies(Mutex<Option<HashMap<u32, mpsc::Sender<Result<Answer, AgentError>>>>>);
+struct Replies(Mutex<Option<Waiting>>);
+
+type Waiting = HashMap<u32, mpsc::Sender<Result<Answer, AgentError>>>;
 
 impl Pending {
     /// Waits for the reply.
@@ -187,7 +189,7 @@ impl Drop for AgentClient {
 }
 
 impl Replies {
-    fn lock(&self) -> MutexGuard<'_, Option<HashMap<u32, mpsc::Sender<Result<Answer, AgentError>>>>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Waiting>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -223,17 +225,11 @@ pub fn dial(vsock: &Path, port: u32) -> Result<UnixStream, CallError> {
 pub fn accepted(socket: &UnixStream, port: u32) -> Result<(), CallError> {
     let refused = |_| CallError::Refused(port);
     let mut line = [0; MAX_OK];
-    loop {
-        // Looked at before it is taken: what follows the line belongs to the guest.
-        let seen = recv(socket.as_raw_fd(), &mut line, MsgFlags::MSG_PEEK).map_err(refused)?;
-        let end = line[..seen].iter().position(|byte| *byte == b'\n');
-        let length = end.map_or(seen, |end| end + 1);
-        (&mut &*socket).read_exact(&mut line[..length]).map_err(|_| CallError::Refused(port))?;
-        return match end {
-            Some(_) if line.starts_with(b"OK ") => Ok(()),
-            _ => Err(CallError::Refused(port)),
-        };
-    }
+    // Looked at before it is taken: what follows the line belongs to the guest. The VMM writes it in one piece.
+    let seen = recv(socket.as_raw_fd(), &mut line, MsgFlags::MSG_PEEK).map_err(refused)?;
+    let end = line[..seen].iter().position(|byte| *byte == b'\n').ok_or(CallError::Refused(port))?;
+    (&mut &*socket).read_exact(&mut line[..=end]).map_err(|_| CallError::Refused(port))?;
+    if line.starts_with(b"OK ") { Ok(()) } else { Err(CallError::Refused(port)) }
 }
 
 /// Waits until `fd` is readable; the VMM's end and the deadline are errors.

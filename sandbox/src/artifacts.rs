@@ -56,7 +56,7 @@ impl Artifacts {
     pub fn find(kernel: Option<&Path>) -> Result<Self, ArtifactError> {
         // Without /proc there is no program directory; the relative places then miss, which the error says.
         let program = env::current_exe().unwrap_or_default();
-        let directory = program.parent().unwrap_or(Path::new(""));
+        let directory = program.parent().unwrap_or_else(|| Path::new(""));
         Self::find_from(directory, kernel, |variable| env::var_os(variable))
     }
 

@@ -90,7 +90,7 @@ impl Container {
     /// The root file system on the host.
     #[must_use]
     pub fn rootfs(&self) -> &Path {
-        self.shared.first().map_or(Path::new("/"), |entry| &entry.source)
+        self.shared.first().map_or_else(|| Path::new("/"), |entry| &entry.source)
     }
 
     /// Entries of the pod's share.

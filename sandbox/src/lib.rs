@@ -16,7 +16,10 @@ pub mod capability;
 pub mod container;
 pub mod default_spec;
 mod image_file;
+pub mod pod;
+pub mod process;
 pub mod state_dir;
+pub mod streams;
 #[cfg(test)]
 mod testing;
 pub mod timings;

@@ -94,6 +94,12 @@ pub struct StateDir {
 pub struct PodPaths(PathBuf);
 
 impl PodPaths {
+    /// The directory itself.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.0
+    }
+
     /// Unix socket that leads to the guest's vsock ports.
     #[must_use]
     pub fn vsock(&self) -> PathBuf {

@@ -36,6 +36,14 @@ impl Timings {
         self.add(name, monotonic_ns());
     }
 
+    /// As [`Self::mark`], but only if `name` was not reached before.
+    pub fn mark_once(&self, name: &str) {
+        let mut phases = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if phases.iter().all(|phase| phase.name != name) {
+            phases.push(Phase { name: name.into(), monotonic_ns: monotonic_ns() });
+        }
+    }
+
     pub fn add(&self, name: &str, monotonic_ns: u64) {
         let mut phases = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         phases.push(Phase { name: name.into(), monotonic_ns });
