@@ -17,6 +17,9 @@ const MAX_RLIMITS: usize = 64;
 /// Linux' `NGROUPS_MAX`.
 const MAX_GROUPS: usize = 65_536;
 
+/// To setresuid(2) and its like -1 means "keep what is", which would be root.
+const NO_CHANGE: u32 = u32::MAX;
+
 /// A process ready to be made.
 #[derive(Debug)]
 pub(crate) struct ProcessPlan {
@@ -44,6 +47,10 @@ impl ProcessPlan {
         }
         if spec.rlimits.len() > MAX_RLIMITS || spec.user.additional_gids.len() > MAX_GROUPS {
             return Err(invalid("process: too many rlimits or additional groups"));
+        }
+        let ids = spec.user.additional_gids.iter().chain([&spec.user.uid, &spec.user.gid]);
+        if ids.into_iter().any(|id| *id == NO_CHANGE) {
+            return Err(invalid(format_args!("process.user: {NO_CHANGE} is nobody's id")));
         }
         let path = spec.env.iter().rev().find_map(|variable| variable.strip_prefix("PATH="));
         let candidates = candidates(program, path.unwrap_or(DEFAULT_PATH));
@@ -169,6 +176,13 @@ mod tests {
         refused(ProcessSpec { cwd: "rel".into(), ..spec("x") }, "process.cwd:");
         let user = User { additional_gids: vec![0; MAX_GROUPS + 1], ..User::default() };
         refused(ProcessSpec { user, ..spec("x") }, "process:");
+        for user in [
+            User { uid: u32::MAX, ..User::default() },
+            User { gid: u32::MAX, ..User::default() },
+            User { additional_gids: vec![u32::MAX], ..User::default() },
+        ] {
+            refused(ProcessSpec { user, ..spec("x") }, "process.user:");
+        }
     }
 
     #[test]
