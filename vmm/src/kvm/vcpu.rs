@@ -59,8 +59,8 @@ impl Vcpu {
             regs::enter_long_mode(&mut sregs);
             fd.set_sregs(&sregs).map_err(step("setting segment registers"))?;
             fd.set_regs(&regs::entry_regs(entry)).map_err(step("setting registers"))?;
-            enable_extended_states(&fd, vm.supported_cpuid())?;
         }
+        enable_extended_states(&fd, vm.supported_cpuid())?;
         Ok(Self { fd, id })
     }
 }
