@@ -1,1 +1,50 @@
-fn main() {}
+//! `krx`: runs containers in micro-VMs. Knows people; pods are `krx_sandbox`'s.
+//!
+//! Each command is a module; a failure is one chain of causes on standard error and an exit code (`error`).
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod doctor;
+mod error;
+mod parse;
+mod pods;
+mod process;
+mod run;
+mod signals;
+mod terminal;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Cli, Command};
+
+fn main() -> ExitCode {
+    let code = match Cli::try_parse() {
+        Ok(cli) => command(&cli.command),
+        Err(error) => {
+            let _ = error.print();
+            // Help and version are no failure; a wrong command line is krx's own, not the container's.
+            if error.use_stderr() { error::FAILED } else { 0 }
+        }
+    };
+    let _ = std::io::stdout().flush();
+    // Not by returning: a thread that reads standard input may still hold its lock.
+    std::process::exit(code.into())
+}
+
+fn command(command: &Command) -> u8 {
+    let result = match command {
+        Command::Run(arguments) => run::run(arguments),
+        Command::Exec(arguments) => pods::exec(arguments),
+        Command::Ps(arguments) => pods::ps(arguments),
+        Command::Kill(arguments) => pods::kill(arguments),
+        Command::Doctor(arguments) => return doctor::run(arguments.json),
+    };
+    result.unwrap_or_else(|error| {
+        let _ = writeln!(std::io::stderr(), "krx: {}", error::chain(&error));
+        error.exit_code()
+    })
+}

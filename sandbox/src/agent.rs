@@ -16,7 +16,6 @@ use std::time::{Duration, Instant};
 
 use krx_proto::{
     AgentError, Answer, Call, FrameError, GuestInfo, MAX_FRAME, Message, Request, VERSION, port, read_frame,
-
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
@@ -31,12 +30,18 @@ const MAX_OK: usize = 32;
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
     #[error("Cannot reach the pod's VM at {path}")]
-    Connect { path: PathBuf, #[source] source: io::Error },
+    Connect {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("Nothing in the guest listens on vsock port {0}")]
     Refused(u32),
     #[error("The agent did not say hello within {0:?}")]
     Silent(Duration),
-    #[error("The agent speaks version {theirs} of the protocol, this krx {VERSION}: use a kernel, initramfs and krx of one build")]
+    #[error(
+        "The agent speaks version {theirs} of the protocol, this krx {VERSION}: use a kernel, initramfs and krx of one build"
+    )]
     Version { theirs: u16 },
     #[error("The agent's hello makes no sense")]
     Hello(#[source] FrameError),
@@ -243,8 +248,11 @@ fn ready(
         let left = deadline.checked_duration_since(Instant::now()).ok_or(CallError::Silent(timeout))?;
         // Rounded up, so that a last fraction of a millisecond is slept rather than spun away.
         let wait = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
-        let mut fds: Vec<_> =
-            [Some(fd), vmm_ended].into_iter().flatten().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        let mut fds: Vec<_> = [Some(fd), vmm_ended]
+            .into_iter()
+            .flatten()
+            .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
+            .collect();
         match poll(&mut fds, wait) {
             Ok(0) | Err(nix::errno::Errno::EINTR) => continue,
             Ok(_) => {}

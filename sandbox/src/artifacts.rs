@@ -33,8 +33,12 @@ struct Artifact {
     target: &'static str,
 }
 
-const VMM: Artifact =
-    Artifact { what: "VMM", variable: "KRX_VMM", places: &["krx-vmm", "../lib/krx/krx-vmm"], target: "build" };
+const VMM: Artifact = Artifact {
+    what: "VMM",
+    variable: "KRX_VMM",
+    places: &["krx-vmm", "../lib/krx/krx-vmm"],
+    target: "build",
+};
 const KERNEL: Artifact = Artifact {
     what: "guest kernel",
     variable: "KRX_KERNEL",

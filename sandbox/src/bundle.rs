@@ -66,9 +66,17 @@ const FILE_SYSTEMS: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "
 #[derive(Debug, thiserror::Error)]
 pub enum BundleError {
     #[error("Bundle configuration {path} cannot be read")]
-    Read { path: PathBuf, #[source] source: io::Error },
+    Read {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("Bundle configuration {path} is not an OCI runtime configuration")]
-    Parse { path: PathBuf, #[source] source: serde_json::Error },
+    Parse {
+        path: PathBuf,
+        #[source]
+        source: serde_json::Error,
+    },
     #[error("Bundle field {0} is missing")]
     Missing(&'static str),
     #[error("Bundle field {field}: krx does not support {what}")]
@@ -76,7 +84,12 @@ pub enum BundleError {
     #[error("Bundle field {field}: {what}")]
     Invalid { field: String, what: String },
     #[error("Bundle field {field}: {path} cannot be used")]
-    Source { field: String, path: PathBuf, #[source] source: io::Error },
+    Source {
+        field: String,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("Bundle's container cannot be made")]
     Container(#[source] ContainerError),
 }
@@ -284,8 +297,11 @@ fn add_mount(
     let mount = if is_bind {
         let path = bundle.join(source);
         let field = format!("{field}.source");
-        let source =
-            path.canonicalize().map_err(|source| BundleError::Source { field, path: path.clone(), source })?;
+        let source = path.canonicalize().map_err(|source| BundleError::Source {
+            field,
+            path: path.clone(),
+            source,
+        })?;
         let source = container.share(source, is_read_only(&options));
         Mount { destination, kind: "bind".into(), source, options }
     } else if FILE_SYSTEMS.contains(&kind.as_str()) {
@@ -395,9 +411,17 @@ mod tests {
             ("/linux/resources/memory", json!({"limit": 1 << 20}), "linux.resources.memory"),
             ("/linux/resources/pids", json!({"limit": 10}), "linux.resources.pids"),
             ("/linux/resources/devices/0/allow", json!(true), "linux.resources.devices[0].allow"),
-            ("/linux/devices", json!([{"path": "/dev/x", "type": "c", "major": 1, "minor": 3}]), "linux.devices"),
+            (
+                "/linux/devices",
+                json!([{"path": "/dev/x", "type": "c", "major": 1, "minor": 3}]),
+                "linux.devices",
+            ),
             ("/linux/namespaces/0", json!({"type": "user"}), "linux.namespaces[0].type"),
-            ("/linux/namespaces/1", json!({"type": "network", "path": "/run/netns/x"}), "linux.namespaces[1].path"),
+            (
+                "/linux/namespaces/1",
+                json!({"type": "network", "path": "/run/netns/x"}),
+                "linux.namespaces[1].path",
+            ),
             ("/linux/uidMappings", json!([{"hostID": 0, "containerID": 0, "size": 1}]), "linux.uidMappings"),
             ("/linux/rootfsPropagation", json!("shared"), "linux.rootfsPropagation"),
             ("/process/apparmorProfile", json!("p"), "process.apparmorProfile"),
@@ -460,7 +484,8 @@ mod tests {
             let error = read_value(&with(pointer, value)).unwrap_err().to_string();
             assert!(error.contains(word), "{pointer}: {error}");
         }
-        let missing = with("/mounts/0", json!({"destination": "/d", "type": "bind", "source": "/nonexistent"}));
+        let missing =
+            with("/mounts/0", json!({"destination": "/d", "type": "bind", "source": "/nonexistent"}));
         assert!(read_value(&missing).unwrap_err().to_string().contains("/nonexistent"));
     }
 

@@ -20,7 +20,11 @@ const ROOTFS: &str = "rootfs";
 #[derive(Debug, thiserror::Error)]
 pub enum ContainerError {
     #[error("Root file system {path} cannot be used")]
-    Rootfs { path: PathBuf, #[source] source: io::Error },
+    Rootfs {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("Root file system {0} is not a directory")]
     NotDirectory(PathBuf),
     #[error("{0} is mounted on twice")]

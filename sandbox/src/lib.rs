@@ -17,6 +17,7 @@ pub mod container;
 pub mod default_spec;
 mod image_file;
 pub mod pod;
+pub mod preflight;
 pub mod process;
 pub mod state_dir;
 pub mod streams;

@@ -37,16 +37,24 @@ const MAX_STATE: u64 = 8 << 20;
 pub enum StateError {
     #[error("{0:?} cannot name a pod: use 1 to 76 of A-Z a-z 0-9 _ . - and start with none of . -")]
     Name(String),
-    #[error("A pod named {name} already exists: process {holder} holds it. Choose another --name, or end it with `krx kill {name}`")]
+    #[error(
+        "A pod named {name} already exists: process {holder} holds it. Choose another --name, or end it with `krx kill {name}`"
+    )]
     InUse { name: String, holder: u32 },
     #[error("No pod named {0} is running. `krx ps` lists those that are")]
     NotFound(String),
     #[error("Pod {0} is still starting. Try again when its container runs")]
     Starting(String),
-    #[error("Socket paths in {0} would be over {MAX_SOCKET_PATH} bytes: choose a shorter name or KRX_STATE_DIR")]
+    #[error(
+        "Socket paths in {0} would be over {MAX_SOCKET_PATH} bytes: choose a shorter name or KRX_STATE_DIR"
+    )]
     TooLong(PathBuf),
     #[error("Cannot use {path}. Run krx as root, or set KRX_STATE_DIR to a directory of your own")]
-    Io { path: PathBuf, #[source] source: io::Error },
+    Io {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("{0} is not a state that this version of krx wrote")]
     Unreadable(PathBuf, #[source] serde_json::Error),
 }
@@ -145,6 +153,12 @@ impl StateRoot {
         Self(path.into())
     }
 
+    /// Where what is known of the host is kept. Not the name of a pod.
+    #[must_use]
+    pub fn cache(&self) -> PathBuf {
+        self.0.join(".host.json")
+    }
+
     /// Takes `name`: of several processes that try at once, one gets it.
     ///
     /// # Errors
@@ -178,7 +192,10 @@ impl StateRoot {
         lock.set_len(0).and_then(|()| write!(lock, "{}", process::id())).map_err(failed)?;
         let directory = StateDir { path, lock };
         let share = directory.paths().share();
-        DirBuilder::new().mode(0o700).create(&share).map_err(|source| StateError::Io { path: share, source })?;
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&share)
+            .map_err(|source| StateError::Io { path: share, source })?;
         Ok(directory)
     }
 
@@ -276,7 +293,8 @@ fn examine(path: &Path) -> Result<Option<Listed>, StateError> {
 
 fn try_lock(directory: &Path, create: bool) -> io::Result<Attempt> {
     let path = directory.join(LOCK);
-    let mut file = match OpenOptions::new().read(true).write(true).create(create).truncate(false).open(&path) {
+    let mut file = match OpenOptions::new().read(true).write(true).create(create).truncate(false).open(&path)
+    {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Attempt::Gone),
         opened => opened?,
     };
@@ -286,7 +304,8 @@ fn try_lock(directory: &Path, create: bool) -> io::Result<Attempt> {
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => {
             // Between open and lock the former owner may have removed the file: its lock then guards nothing.
-            let current = fs::metadata(&path).is_ok_and(|now| lock.metadata().is_ok_and(|own| same(&own, &now)));
+            let current =
+                fs::metadata(&path).is_ok_and(|now| lock.metadata().is_ok_and(|own| same(&own, &now)));
             if !current {
                 return Ok(Attempt::Gone);
             }

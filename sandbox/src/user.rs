@@ -21,7 +21,11 @@ pub enum UserError {
     #[error("{what} {name} is not known: {file} of the root file system does not have it")]
     Unknown { what: &'static str, name: String, file: &'static str },
     #[error("{file} of the root file system cannot be read")]
-    Read { file: &'static str, #[source] source: io::Error },
+    Read {
+        file: &'static str,
+        #[source]
+        source: io::Error,
+    },
 }
 
 const PASSWD: &str = "/etc/passwd";

@@ -45,9 +45,17 @@ static SPAWN: Mutex<()> = Mutex::new(());
 #[derive(Debug, thiserror::Error)]
 pub enum VmmError {
     #[error("Cannot start the VMM {path}")]
-    Spawn { path: PathBuf, #[source] source: io::Error },
+    Spawn {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("{exit}")]
-    Ended { exit: VmmExit, #[source] report: Option<VmmReport> },
+    Ended {
+        exit: VmmExit,
+        #[source]
+        report: Option<VmmReport>,
+    },
     #[error("The VMM does not answer on its control socket")]
     Control(#[source] io::Error),
     #[error("The VMM refused `{request}`: {answer}")]
@@ -336,7 +344,9 @@ fn config_file(config: &Config) -> io::Result<Stdio> {
 fn spawn_with(command: &mut Command, inherited: &[BorrowedFd<'_>]) -> io::Result<Child> {
     let _guard = SPAWN.lock().unwrap_or_else(PoisonError::into_inner);
     let set_all = |flags: FdFlag| {
-        inherited.iter().try_for_each(|fd| fcntl(fd, FcntlArg::F_SETFD(flags)).map(drop).map_err(io::Error::from))
+        inherited
+            .iter()
+            .try_for_each(|fd| fcntl(fd, FcntlArg::F_SETFD(flags)).map(drop).map_err(io::Error::from))
     };
     set_all(FdFlag::empty())?;
     let child = command.spawn();
@@ -393,7 +403,8 @@ mod tests {
     fn lifeline_ends_with_its_owner() {
         let scratch = Scratch::new("vmm");
         // Reads the lifeline to its end, which comes only when the write end is closed.
-        let vmm = run(&scratch, "fd=$(sed 's/.*lifeline_fd\":\\([0-9]*\\).*/\\1/'); cat <&$fd; echo gone >&2");
+        let vmm =
+            run(&scratch, "fd=$(sed 's/.*lifeline_fd\":\\([0-9]*\\).*/\\1/'); cat <&$fd; echo gone >&2");
         assert_eq!(vmm.wait(Duration::from_millis(200)), None);
         let life = vmm.life.clone();
         // As at the owner's death: the pipe is closed and nothing else happens.

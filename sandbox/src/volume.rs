@@ -11,7 +11,12 @@ pub enum VolumeError {
     #[error("Volume {text}: {guest} is not an absolute path below / without `..`")]
     Guest { text: String, guest: String },
     #[error("Volume {text}: {host} cannot be used")]
-    Host { text: String, host: PathBuf, #[source] source: io::Error },
+    Host {
+        text: String,
+        host: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// A directory or file of the host that the container sees at `destination`.
@@ -39,9 +44,11 @@ impl Volume {
         }
         let destination = destination(guest)
             .ok_or_else(|| VolumeError::Guest { text: text.into(), guest: guest.into() })?;
-        let source = Path::new(host)
-            .canonicalize()
-            .map_err(|source| VolumeError::Host { text: text.into(), host: host.into(), source })?;
+        let source = Path::new(host).canonicalize().map_err(|source| VolumeError::Host {
+            text: text.into(),
+            host: host.into(),
+            source,
+        })?;
         Ok(Self { source, destination, read_only })
     }
 }

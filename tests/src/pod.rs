@@ -79,7 +79,9 @@ impl Place {
     #[must_use]
     pub fn remains(&self) -> Vec<String> {
         let entries = fs::read_dir(self.state()).into_iter().flatten().flatten();
-        let mut remains: Vec<_> = entries.map(|entry| entry.path().display().to_string()).collect();
+        // What is known of the host stays.
+        let pods = entries.filter(|entry| entry.file_name() != ".host.json");
+        let mut remains: Vec<_> = pods.map(|entry| entry.path().display().to_string()).collect();
         let scratch = self.scratch.path().to_string_lossy().into_owned();
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         remains.extend(mounts.lines().filter(|line| line.contains(&scratch)).map(str::to_string));

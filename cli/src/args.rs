@@ -1,0 +1,133 @@
+//! What is typed. `run` and `exec` turn it into what is valid.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+#[derive(Debug, Parser)]
+#[command(name = "krx", version, about = "Runs containers in micro-VMs", after_help = EXIT_CODES)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes of run and exec: the process's own; 128+n if signal n ended it; 127 command not found, 126 not executable, \
+125 krx itself failed.
+Environment: KRX_STATE_DIR (default /run/krx), KRX_KERNEL, KRX_INITRAMFS, KRX_VMM, KRX_BOOT_TIMEOUT (seconds, default 60).";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Runs a command in a container in a micro-VM of its own
+    Run(Box<Run>),
+    /// Runs a further command in the container of a running pod
+    Exec(Exec),
+    /// Lists running pods
+    Ps(Ps),
+    /// Sends a signal to the first process of a pod
+    Kill(Kill),
+    /// Checks whether this host can run micro-VMs
+    Doctor(Doctor),
+}
+
+/// Options that `run` and `exec` share: what the process is.
+#[derive(Debug, Args)]
+pub(crate) struct ProcessOptions {
+    /// Environment variable; without a value the caller's own is taken
+    #[arg(short, long = "env", value_name = "NAME[=VALUE]")]
+    pub(crate) env: Vec<String>,
+    /// Working directory in the container
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// User and group, by name or number
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub(crate) user: Option<String>,
+    /// Gives the process a terminal
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+    /// Connects standard input
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Run {
+    /// Root file system: a directory
+    #[arg(long, value_name = "DIR", conflicts_with = "bundle")]
+    pub(crate) rootfs: Option<PathBuf>,
+    /// OCI bundle: a directory with a config.json
+    #[arg(long, value_name = "DIR")]
+    pub(crate) bundle: Option<PathBuf>,
+    /// Virtual CPUs, 1 to 8
+    #[arg(long, value_name = "N", default_value = "1", allow_hyphen_values = true)]
+    pub(crate) cpus: String,
+    /// Memory of the VM: bytes, or a number with K, M, G or T
+    #[arg(short, long, value_name = "SIZE", default_value = "256M", allow_hyphen_values = true)]
+    pub(crate) memory: String,
+    #[command(flatten)]
+    pub(crate) process: ProcessOptions,
+    /// Directory or file of the host to show in the container
+    #[arg(short, long = "volume", value_name = "HOST:GUEST[:ro]")]
+    pub(crate) volumes: Vec<String>,
+    /// The root file system cannot be written
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// Host name in the container (the pod's name unless given)
+    #[arg(long, value_name = "NAME")]
+    pub(crate) hostname: Option<String>,
+    /// Name of the pod
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Guest kernel: a vmlinux or a bzImage
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// Shows the guest kernel's console on standard error
+    #[arg(long)]
+    pub(crate) console: bool,
+    /// Prints when each phase of the start was reached, on standard error, after the end
+    #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "table")]
+    pub(crate) timings: Option<TimingsFormat>,
+    /// Command and arguments; a bundle has its own unless one is given
+    #[arg(last = true, value_name = "CMD")]
+    pub(crate) command: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TimingsFormat {
+    Table,
+    Json,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Exec {
+    #[command(flatten)]
+    pub(crate) process: ProcessOptions,
+    /// Name of the pod
+    pub(crate) name: String,
+    /// Command and arguments
+    #[arg(value_name = "CMD", required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Ps {
+    /// Prints JSON, one array of objects
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Kill {
+    /// Signal, by name or number
+    #[arg(short, long, default_value = "TERM", value_name = "SIGNAL")]
+    pub(crate) signal: String,
+    /// Name of the pod
+    pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Doctor {
+    /// Prints JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}

@@ -1,0 +1,102 @@
+//! What krx says when it fails, and the exit code that goes with it.
+
+use std::error::Error;
+use std::fmt::Write as _;
+
+use krx_proto::{AgentError, ErrorKind};
+use krx_sandbox::agent::CallError;
+use krx_sandbox::artifacts::ArtifactError;
+use krx_sandbox::bundle::BundleError;
+use krx_sandbox::container::ContainerError;
+use krx_sandbox::pod::PodError;
+use krx_sandbox::state_dir::StateError;
+use krx_sandbox::user::UserError;
+use krx_sandbox::volume::VolumeError;
+
+/// krx failed, not what it runs.
+pub(crate) const FAILED: u8 = 125;
+const NOT_EXECUTABLE: u8 = 126;
+const NOT_FOUND: u8 = 127;
+
+/// Why a command of krx failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CliError {
+    #[error("{0}")]
+    Usage(String),
+    #[error(transparent)]
+    Artifact(#[from] ArtifactError),
+    #[error("Bundle cannot be run")]
+    Bundle(#[from] BundleError),
+    #[error(transparent)]
+    Container(#[from] ContainerError),
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    #[error(transparent)]
+    User(#[from] UserError),
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Pod(#[from] PodError),
+    #[error(transparent)]
+    Call(#[from] CallError),
+    #[error("Terminal or signals cannot be set up")]
+    Host(#[from] std::io::Error),
+    /// A signal ended the start, before there was a process to send it to.
+    #[error("Interrupted by signal {0} before the container ran")]
+    Interrupted(u8),
+    #[error("This host cannot run the pod")]
+    Preflight(#[from] krx_sandbox::preflight::PreflightError),
+}
+
+impl CliError {
+    pub(crate) fn exit_code(&self) -> u8 {
+        let agent = match self {
+            Self::Call(CallError::Agent(error)) => Some(error),
+            Self::Pod(PodError::Create(CallError::Agent(error))) => Some(error),
+            Self::Interrupted(signal) => return 128 + signal,
+            _ => None,
+        };
+        match agent {
+            Some(AgentError { kind: ErrorKind::CommandNotFound, .. }) => NOT_FOUND,
+            Some(AgentError { kind: ErrorKind::NotExecutable, .. }) => NOT_EXECUTABLE,
+            _ => FAILED,
+        }
+    }
+}
+
+/// The error and all its causes, each on a line of its own and said once.
+pub(crate) fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut said = text.clone();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let words = error.to_string();
+        // A transparent error repeats its source's words.
+        if words != said {
+            let _ = write!(text, "\n  because: {words}");
+        }
+        said = words;
+        cause = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn agent_errors_choose_the_exit_code() {
+        let code = |kind| CliError::from(CallError::Agent(AgentError::new(kind, "x"))).exit_code();
+        assert_eq!(code(ErrorKind::CommandNotFound), 127);
+        assert_eq!(code(ErrorKind::NotExecutable), 126);
+        assert_eq!(code(ErrorKind::Failed), 125);
+        assert_eq!(CliError::Interrupted(2).exit_code(), 130);
+    }
+
+    #[test]
+    fn causes_are_said_once() {
+        let error = CliError::from(StateError::NotFound("web".into()));
+        assert_eq!(chain(&error), StateError::NotFound("web".into()).to_string());
+    }
+}

@@ -1,0 +1,143 @@
+//! Words of the command line that are more than words: sizes, counts, signals, variables. Pure.
+
+use krx_vmm::config::{MemorySize, VcpuCount};
+use nix::sys::signal::Signal;
+
+use crate::error::CliError;
+
+const MIB: u64 = 1 << 20;
+
+fn usage<T>(text: String) -> Result<T, CliError> {
+    Err(CliError::Usage(text))
+}
+
+/// Memory in MiB, rounded up: `268435456`, `256M`, `1G`.
+pub(crate) fn memory_mib(text: &str) -> Result<u64, CliError> {
+    let (digits, unit) = match text.char_indices().next_back() {
+        Some((at, unit)) if unit.is_ascii_alphabetic() => (&text[..at], unit.to_ascii_uppercase()),
+        _ => (text, 'B'),
+    };
+    let shift = match unit {
+        'B' => Some(0),
+        'K' => Some(10),
+        'M' => Some(20),
+        'G' => Some(30),
+        'T' => Some(40),
+        'P' => Some(50),
+        _ => None,
+    };
+    let number =
+        digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse::<u64>().ok()).flatten();
+    let bytes = number.zip(shift).and_then(|(number, shift)| number.checked_mul(1 << shift));
+    let Some(bytes) = bytes else {
+        return usage(format!(
+            "Memory `{text}` is not a size: give bytes, or a number with K, M, G or T, as in 256M"
+        ));
+    };
+    let mib = bytes.div_ceil(MIB);
+    match MemorySize::from_mib(mib) {
+        Ok(size) => Ok(size.mib()),
+        Err(error) => usage(format!("Memory `{text}` cannot be: {error}")),
+    }
+}
+
+pub(crate) fn cpus(text: &str) -> Result<u32, CliError> {
+    let checked = text.parse().ok().and_then(|count| VcpuCount::new(count).ok());
+    match checked {
+        Some(count) => Ok(count.get().into()),
+        None => usage(format!("CPUs `{text}` cannot be: give a whole number from 1 to {}", VcpuCount::MAX)),
+    }
+}
+
+/// A signal by number, or by name with or without `SIG`.
+pub(crate) fn signal(text: &str) -> Result<i32, CliError> {
+    let name = text.to_ascii_uppercase();
+    let name = if name.starts_with("SIG") { name } else { format!("SIG{name}") };
+    let by_number = text.parse().ok().filter(|number| (1..=64).contains(number));
+    let known = by_number.or_else(|| name.parse::<Signal>().ok().map(|signal| signal as i32));
+    known.map_or_else(|| usage(format!("`{text}` is not a signal: give a name or a number from 1 to 64")), Ok)
+}
+
+/// `NAME=VALUE`, or `NAME` for the caller's own value; `None` if the caller has none.
+pub(crate) fn variable(
+    text: &str,
+    own: impl FnOnce(&str) -> Option<String>,
+) -> Result<Option<String>, CliError> {
+    let name = text.split_once('=').map_or(text, |(name, _)| name);
+    if name.is_empty() || text.contains('\0') {
+        return usage(format!("Environment variable `{text}` has no name"));
+    }
+    if text.contains('=') {
+        return Ok(Some(text.into()));
+    }
+    Ok(own(name).map(|value| format!("{name}={value}")))
+}
+
+/// Puts `variable` in the place of an earlier one with its name.
+pub(crate) fn set_variable(env: &mut Vec<String>, variable: String) {
+    let name = variable.split_once('=').map_or(&*variable, |(name, _)| name);
+    env.retain(|earlier| earlier.split_once('=').is_none_or(|(other, _)| other != name));
+    env.push(variable);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_in_every_unit() {
+        assert_eq!(memory_mib("256M").unwrap(), 256);
+        assert_eq!(memory_mib("1g").unwrap(), 1024);
+        assert_eq!(memory_mib("268435457").unwrap(), 257);
+    }
+
+    #[test]
+    fn sizes_that_cannot_be_are_refused() {
+        for bad in [
+            "",
+            "0",
+            "M",
+            "-1",
+            "1M",
+            "1P",
+            "256X",
+            "1.5G",
+            "99999999999999999999",
+            "256MB",
+            "\u{661}M",
+            "256\u{b5}",
+        ] {
+            assert!(memory_mib(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn cpu_counts_are_bounded() {
+        assert_eq!(cpus("8").unwrap(), 8);
+        for bad in ["0", "9", "1000", "-1", "0.5", "", "two"] {
+            assert!(cpus(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn signals_have_names_and_numbers() {
+        for text in ["TERM", "SIGTERM", "sigterm", "15"] {
+            assert_eq!(signal(text).unwrap(), 15, "{text}");
+        }
+        for bad in ["", "0", "65", "-9", "NONE"] {
+            assert!(signal(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn variables_are_given_or_inherited() {
+        let own = |name: &str| (name == "HOME").then(|| "/root".to_string());
+        assert_eq!(variable("A=b=c", own).unwrap().unwrap(), "A=b=c");
+        assert_eq!(variable("HOME", own).unwrap().unwrap(), "HOME=/root");
+        assert_eq!(variable("NONE", own).unwrap(), None);
+        assert!(variable("=x", own).is_err());
+        let mut env = vec!["PATH=/bin".to_string(), "A=1".into()];
+        set_variable(&mut env, "PATH=/usr/bin".into());
+        assert_eq!(env, ["A=1", "PATH=/usr/bin"]);
+    }
+}

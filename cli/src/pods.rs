@@ -1,0 +1,84 @@
+//! `krx exec`, `krx ps` and `krx kill`: what is done with a pod of somebody else.
+
+use std::process;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use krx_proto::ProcessSpec;
+use krx_sandbox::agent::AgentClient;
+use krx_sandbox::process::Process;
+use krx_sandbox::state_dir::{Listed, PodPaths, PodState, StateRoot};
+use krx_sandbox::timings::Timings;
+
+use crate::args::{Exec, Kill, Ps};
+use crate::error::CliError;
+use crate::parse;
+use crate::process::attend;
+use crate::signals::Signals;
+
+pub(crate) fn exec(arguments: &Exec) -> Result<u8, CliError> {
+    arguments.process.check()?;
+    let (paths, state) = StateRoot::from_env().open(&arguments.name)?;
+    let mut spec = ProcessSpec { args: arguments.command.clone(), ..state.process.clone() };
+    arguments.process.apply(&mut spec, &state.rootfs)?;
+    let signals = Signals::watch()?;
+    // The PID makes it unique among this host's, which are all that talk to the pod.
+    let process = named(&paths, &state, &format!("exec-{}", process::id()))?;
+    process.exec(spec.clone())?;
+    let status = attend(&process, &spec, &signals, &Arc::new(Timings::default()));
+    signals.ended();
+    // Gone with its pod, if that has ended meanwhile.
+    let _ = process.delete();
+    Ok(status?.shell_code())
+}
+
+pub(crate) fn kill(arguments: &Kill) -> Result<u8, CliError> {
+    let signal = parse::signal(&arguments.signal)?;
+    let (paths, state) = StateRoot::from_env().open(&arguments.name)?;
+    named(&paths, &state, "")?.kill(signal)?;
+    Ok(0)
+}
+
+fn named(paths: &PodPaths, state: &PodState, name: &str) -> Result<Process, CliError> {
+    let agent = Arc::new(AgentClient::connect(&paths.vsock())?);
+    Ok(Process::new(agent, paths.vsock(), &state.container, name))
+}
+
+pub(crate) fn ps(arguments: &Ps) -> Result<u8, CliError> {
+    let pods = StateRoot::from_env().list()?;
+    if arguments.json {
+        let states: Vec<_> = pods.iter().filter_map(|pod| pod.state.as_ref()).map(public).collect();
+        println!("{}", serde_json::Value::from(states));
+        return Ok(0);
+    }
+    println!("{:<24} {:>8} {:>5} {:>8} {:>8}  COMMAND", "NAME", "VMM", "CPUS", "MEMORY", "AGE");
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    for Listed { name, state, .. } in &pods {
+        match state {
+            Some(state) => println!(
+                "{name:<24} {:>8} {:>5} {:>7}M {:>7}s  {}",
+                state.vmm_pid,
+                state.vcpus,
+                state.memory_mib,
+                now.saturating_sub(state.started),
+                state.process.args.join(" ").escape_debug()
+            ),
+            None => println!("{name:<24} {:>8} {:>5} {:>8} {:>8}  (starting)", "-", "-", "-", "-"),
+        }
+    }
+    Ok(0)
+}
+
+/// A pod's state without its environment, which may hold secrets.
+fn public(state: &PodState) -> serde_json::Value {
+    serde_json::json!({
+        "name": state.name,
+        "owner_pid": state.owner_pid,
+        "vmm_pid": state.vmm_pid,
+        "started": state.started,
+        "vcpus": state.vcpus,
+        "memory_mib": state.memory_mib,
+        "rootfs": state.rootfs,
+        "args": state.process.args,
+    })
+}

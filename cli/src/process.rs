@@ -1,0 +1,89 @@
+//! What `run` and `exec` have in common: a process made of options, brought to its end with its streams.
+
+use std::io;
+use std::sync::Arc;
+
+use krx_proto::{ExitStatus, ProcessSpec};
+use krx_sandbox::agent::CallError;
+use krx_sandbox::process::Process;
+use krx_sandbox::streams::{Copies, Ends};
+use krx_sandbox::timings::Timings;
+use krx_sandbox::user;
+
+use crate::args::ProcessOptions;
+use crate::error::CliError;
+use crate::signals::Signals;
+use crate::{parse, terminal};
+
+impl ProcessOptions {
+    /// What can be said to be wrong before anything is looked at.
+    pub(crate) fn check(&self) -> Result<(), CliError> {
+        if self.tty && self.interactive && !terminal::is_terminal() {
+            let text = "Standard input is not a terminal: leave out -t, or -i";
+            return Err(CliError::Usage(text.into()));
+        }
+        if self.workdir.as_ref().is_some_and(|directory| !directory.starts_with('/')) {
+            return Err(CliError::Usage("Working directory is not an absolute path in the container".into()));
+        }
+        Ok(())
+    }
+
+    /// Changes `spec` as the options say; names of users are looked up in `rootfs`.
+    pub(crate) fn apply(&self, spec: &mut ProcessSpec, rootfs: &std::path::Path) -> Result<(), CliError> {
+        for text in &self.env {
+            if let Some(variable) = parse::variable(text, |name| std::env::var(name).ok())? {
+                parse::set_variable(&mut spec.env, variable);
+            }
+        }
+        if let Some(directory) = &self.workdir {
+            spec.cwd.clone_from(directory);
+        }
+        if let Some(text) = &self.user {
+            spec.user = user::resolve(rootfs, text)?;
+            if spec.user.uid != 0 {
+                // As execve of another user's program would: only what is inheritable stays.
+                if let Some(capabilities) = &mut spec.capabilities {
+                    (capabilities.effective, capabilities.permitted) = (0, 0);
+                }
+            }
+        }
+        if !spec.env.iter().any(|variable| variable.starts_with("HOME=")) {
+            let home = user::home(rootfs, spec.user.uid).unwrap_or_else(|| "/".into());
+            spec.env.push(format!("HOME={home}"));
+        }
+        if self.tty && !spec.env.iter().any(|variable| variable.starts_with("TERM=")) {
+            spec.env.push("TERM=xterm".into());
+        }
+        spec.stdin = self.interactive;
+        spec.terminal = self.tty.then(terminal::size);
+        Ok(())
+    }
+}
+
+/// Starts a created process and stays with it until it has ended and all its output is written.
+pub(crate) fn attend(
+    process: &Process,
+    spec: &ProcessSpec,
+    signals: &Signals,
+    timings: &Arc<Timings>,
+) -> Result<ExitStatus, CallError> {
+    let ends = Ends {
+        input: spec.stdin.then(|| Box::new(io::stdin()) as _),
+        output: Box::new(io::stdout()),
+        error: spec.terminal.is_none().then(|| Box::new(io::stderr()) as _),
+    };
+    let copies = Copies::start(process, ends, timings)?;
+    let raw = (spec.terminal.is_some() && spec.stdin).then(terminal::Raw::enter).transpose();
+    // A terminal that cannot be set raw is used as it is.
+    let _raw = raw.ok().flatten();
+    signals.running(process);
+    process.start()?;
+    timings.mark("exec");
+    if spec.terminal.is_some() {
+        process.resize(terminal::size());
+    }
+    let status = process.wait()?;
+    signals.ended();
+    copies.finish();
+    Ok(status)
+}

@@ -1,0 +1,116 @@
+//! `krx run`: a pod from its making to its end.
+
+use std::process;
+use std::sync::Arc;
+use std::time::Duration;
+
+use krx_sandbox::artifacts::Artifacts;
+use krx_sandbox::container::Container;
+use krx_sandbox::pod::{Pod, PodConfig, PodError};
+use krx_sandbox::state_dir::StateRoot;
+use krx_sandbox::timings::Timings;
+use krx_sandbox::volume::Volume;
+use krx_sandbox::{bundle, preflight};
+
+use crate::args::{Run, TimingsFormat};
+use crate::error::CliError;
+use crate::parse;
+use crate::process::attend;
+use crate::signals::Signals;
+
+/// Seconds for each half of a boot, see [`PodConfig::boot_timeout`].
+const BOOT_TIMEOUT: u64 = 60;
+
+pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
+    let timings = Arc::new(Timings::default());
+    timings.mark("krx main");
+    let config = plan(arguments)?;
+    let root = StateRoot::from_env();
+    preflight::check_start(&root, config.memory_mib)?;
+    let spec = config.container.spec.process.clone();
+    timings.mark("planned");
+    let signals = Signals::watch()?;
+    let created = Pod::create(&root, config, &timings, |vmm| signals.booting(vmm));
+    let pod = match (created, signals.interrupted()) {
+        (_, Some(signal)) => return Err(CliError::Interrupted(signal)),
+        (pod, None) => pod?,
+    };
+    let status =
+        attend(&pod.init(), &spec, &signals, &timings).map_err(|error| pod.explain(error, PodError::Create));
+    signals.ended();
+    if arguments.timings.is_some() {
+        pod.collect_timings(&timings);
+    }
+    if !matches!(status, Err(PodError::Lost(_))) {
+        pod.delete();
+    }
+    match arguments.timings {
+        Some(TimingsFormat::Table) => eprint!("{}", timings.table()),
+        Some(TimingsFormat::Json) => eprintln!("{}", timings.json()),
+        None => {}
+    }
+    Ok(status?.shell_code())
+}
+
+/// All that can be known to be right or wrong before anything is started.
+fn plan(arguments: &Run) -> Result<PodConfig, CliError> {
+    arguments.process.check()?;
+    let memory_mib = parse::memory_mib(&arguments.memory)?;
+    let vcpus = parse::cpus(&arguments.cpus)?;
+    let name = arguments.name.clone().unwrap_or_else(|| format!("krx-{}", process::id()));
+    if !krx_proto::validate_id(&name) {
+        let form = "1 to 76 letters, digits, dots, dashes and underscores, the first a letter, a digit or an underscore";
+        return Err(CliError::Usage(format!("Name `{name}` cannot be: give {form}")));
+    }
+    let container = container(arguments, &name)?;
+    let artifacts = Artifacts::find(arguments.kernel.as_deref())?;
+    let boot_timeout = boot_timeout()?;
+    let console = arguments.console;
+    Ok(PodConfig { name, artifacts, vcpus, memory_mib, console, boot_timeout, container })
+}
+
+fn container(arguments: &Run, name: &str) -> Result<Container, CliError> {
+    let mut container = match (&arguments.rootfs, &arguments.bundle) {
+        (Some(rootfs), None) => Container::on_rootfs(name, rootfs)?,
+        (None, Some(directory)) => bundle::read(name, directory)?,
+        _ => return Err(CliError::Usage("Give either --rootfs DIR or --bundle DIR".into())),
+    };
+    let volumes: Result<Vec<_>, _> = arguments.volumes.iter().map(|text| Volume::parse(text)).collect();
+    container.add_volumes(volumes?)?;
+    let rootfs = container.rootfs().to_owned();
+    let spec = &mut container.spec;
+    if !arguments.command.is_empty() {
+        spec.process.args.clone_from(&arguments.command);
+    }
+    if spec.process.args.is_empty() {
+        return Err(CliError::Usage("Give a command after `--`".into()));
+    }
+    let mut options = &arguments.process;
+    let with_terminal;
+    if arguments.bundle.is_some() && spec.process.terminal.is_some() && !options.tty {
+        // The bundle's own wish, as far as there is a terminal to give.
+        with_terminal = crate::args::ProcessOptions {
+            env: options.env.clone(),
+            workdir: options.workdir.clone(),
+            user: options.user.clone(),
+            tty: true,
+            interactive: options.interactive,
+        };
+        options = &with_terminal;
+        options.check()?;
+    }
+    options.apply(&mut spec.process, &rootfs)?;
+    spec.root_readonly |= arguments.read_only;
+    if let Some(hostname) = &arguments.hostname {
+        spec.hostname = Some(hostname.clone());
+    }
+    Ok(container)
+}
+
+fn boot_timeout() -> Result<Duration, CliError> {
+    let Ok(text) = std::env::var("KRX_BOOT_TIMEOUT") else { return Ok(Duration::from_secs(BOOT_TIMEOUT)) };
+    match text.parse::<u64>() {
+        Ok(seconds) if (1..=86_400).contains(&seconds) => Ok(Duration::from_secs(seconds)),
+        _ => Err(CliError::Usage(format!("KRX_BOOT_TIMEOUT is `{text}`: give seconds from 1 to 86400"))),
+    }
+}
