@@ -149,8 +149,12 @@ fn serve(client: &UnixStream, handles: &Handles) -> io::Result<()> {
 fn answer(line: &[u8], handles: &Handles) -> Answer {
     let not_started = || Answer::Error("the vCPUs have not been started yet".into());
     match serde_json::from_slice(line) {
-        Ok(Request::Pause) => handles.with_vcpus(Vcpus::pause).map_or_else(not_started, |()| Answer::Ok("paused")),
-        Ok(Request::Resume) => handles.with_vcpus(Vcpus::resume).map_or_else(not_started, |()| Answer::Ok("running")),
+        Ok(Request::Pause) => {
+            handles.with_vcpus(Vcpus::pause).map_or_else(not_started, |()| Answer::Ok("paused"))
+        }
+        Ok(Request::Resume) => {
+            handles.with_vcpus(Vcpus::resume).map_or_else(not_started, |()| Answer::Ok("running"))
+        }
         Ok(Request::Status) => handles
             .with_vcpus(Vcpus::paused)
             .map_or_else(not_started, |paused| Answer::Ok(if paused { "paused" } else { "running" })),

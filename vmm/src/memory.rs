@@ -7,7 +7,9 @@ use crate::config::MemorySize;
 
 /// The host cannot give the guest its memory.
 #[derive(Debug, thiserror::Error)]
-#[error("Cannot reserve {mib} MiB of address space for the guest; a ulimit on virtual memory may be in force")]
+#[error(
+    "Cannot reserve {mib} MiB of address space for the guest; a ulimit on virtual memory may be in force"
+)]
 pub struct MemoryError {
     mib: u64,
     #[source]

@@ -34,7 +34,9 @@ impl Crash {
         match self {
             Self::TripleFault => "The guest crashed with a triple fault".into(),
             Self::KvmInternal => "The guest did what this host's KVM cannot emulate".into(),
-            Self::FailedEntry(reason) => format!("The processor refused the guest's state (reason {reason:#x})"),
+            Self::FailedEntry(reason) => {
+                format!("The processor refused the guest's state (reason {reason:#x})")
+            }
             Self::Unexpected(exit) => format!("The guest caused an exit this machine excludes ({exit})"),
         }
     }

@@ -126,12 +126,8 @@ impl Vcpus {
         });
         let mut threads = Vec::with_capacity(vcpus.len());
         for vcpu in vcpus {
-            let runner = Runner {
-                vcpu,
-                buses: Arc::clone(buses),
-                control: Arc::clone(&control),
-                stop: stop.clone(),
-            };
+            let runner =
+                Runner { vcpu, buses: Arc::clone(buses), control: Arc::clone(&control), stop: stop.clone() };
             let name = format!("krx-vcpu{}", runner.vcpu.id);
             threads.push(thread::Builder::new().name(name).spawn(move || runner.run())?);
         }

@@ -13,7 +13,11 @@ pub enum KvmError {
     #[error("Cannot open /dev/kvm (run `krx doctor` for what this host lacks)")]
     Open(#[source] kvm_ioctls::Error),
     #[error("KVM refuses: {what}")]
-    Refused { what: &'static str, #[source] source: kvm_ioctls::Error },
+    Refused {
+        what: &'static str,
+        #[source]
+        source: kvm_ioctls::Error,
+    },
     #[error("Out of event descriptors")]
     EventFd(#[source] std::io::Error),
 }

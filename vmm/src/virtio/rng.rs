@@ -101,10 +101,12 @@ pub fn fill(
     let mut written = 0;
     for descriptor in chain.filter(Descriptor::is_write_only) {
         let len = descriptor.len().min(MAX_REQUEST - written);
-        memory.read_exact_volatile_from(descriptor.addr(), source, len as usize).map_err(|error| match error {
-            GuestMemoryError::IOError(error) => DeviceError::Host(error),
-            error => DeviceError::Memory(error),
-        })?;
+        memory.read_exact_volatile_from(descriptor.addr(), source, len as usize).map_err(
+            |error| match error {
+                GuestMemoryError::IOError(error) => DeviceError::Host(error),
+                error => DeviceError::Memory(error),
+            },
+        )?;
         written += len;
         if written == MAX_REQUEST {
             break;
@@ -195,9 +197,13 @@ mod tests {
 
     #[test]
     fn addresses_out_of_memory_cost_the_device() {
-        for (addr, len) in
-            [(u64::MAX - 8, 64), (1 << 40, 64), ((4 << 20) - 32, 64), (4 << 20, u32::MAX), (1 << 63, u32::MAX)]
-        {
+        for (addr, len) in [
+            (u64::MAX - 8, 64),
+            (1 << 40, 64),
+            ((4 << 20) - 32, 64),
+            (4 << 20, u32::MAX),
+            (1 << 63, u32::MAX),
+        ] {
             let memory = testing::memory(4);
             let mock = Mock::new(&memory, 8);
             mock.build_desc_chain(&[descriptor(addr, len, WRITE, 0)]).unwrap();

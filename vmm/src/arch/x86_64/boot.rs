@@ -26,7 +26,11 @@ const KERNEL_ALIGNMENT: u32 = 0x0100_0000;
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     #[error("Cannot read initramfs {path}")]
-    ReadInitramfs { path: PathBuf, #[source] source: io::Error },
+    ReadInitramfs {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("Initramfs {path} of {mib} MiB does not fit into guest memory behind the kernel: give it more")]
     InitramfsTooLarge { path: PathBuf, mib: u64 },
     #[error("Initramfs {0} is empty or not a regular file")]
@@ -50,7 +54,11 @@ pub struct Initramfs {
 ///
 /// # Errors
 /// Unreadable or empty files, and files that do not fit between the kernel and the end of memory.
-pub fn load_initramfs(memory: &GuestMemoryMmap, path: &Path, kernel_end: u64) -> Result<Initramfs, BootError> {
+pub fn load_initramfs(
+    memory: &GuestMemoryMmap,
+    path: &Path,
+    kernel_end: u64,
+) -> Result<Initramfs, BootError> {
     let read_error = |source| BootError::ReadInitramfs { path: path.to_path_buf(), source };
     let file = File::open(path).map_err(read_error)?;
     let metadata = file.metadata().map_err(read_error)?;
@@ -86,9 +94,7 @@ pub fn write_tables(
     vcpus: u8,
 ) -> Result<(), BootError> {
     load_cmdline(memory, GuestAddress(layout::CMDLINE), cmdline).map_err(BootError::Cmdline)?;
-    memory
-        .write_slice(&mptable::build(vcpus), GuestAddress(layout::MP_TABLE))
-        .map_err(BootError::Tables)?;
+    memory.write_slice(&mptable::build(vcpus), GuestAddress(layout::MP_TABLE)).map_err(BootError::Tables)?;
     for (address, word) in regs::tables() {
         memory.write_obj(word, GuestAddress(address)).map_err(BootError::Tables)?;
     }

@@ -93,7 +93,12 @@ mod tests {
 
     fn leaf(function: u32, index: u32, topology: Topology) -> kvm_cpuid_entry2 {
         let all = [
-            kvm_cpuid_entry2 { function: LEAF_FEATURES, ebx: 0xff00_0800, edx: FEATURE_HTT, ..Default::default() },
+            kvm_cpuid_entry2 {
+                function: LEAF_FEATURES,
+                ebx: 0xff00_0800,
+                edx: FEATURE_HTT,
+                ..Default::default()
+            },
             kvm_cpuid_entry2 { function: LEAF_TOPOLOGY, index: 0, ..Default::default() },
             kvm_cpuid_entry2 { function: LEAF_TOPOLOGY, index: 1, ..Default::default() },
             kvm_cpuid_entry2 { function: LEAF_HYPERVISOR, eax: 0x4000_0001, ..Default::default() },

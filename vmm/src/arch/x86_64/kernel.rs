@@ -46,15 +46,25 @@ pub struct Kernel {
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     #[error("Cannot read kernel image {path}")]
-    Read { path: PathBuf, #[source] source: io::Error },
+    Read {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("Kernel image {0} is neither an ELF vmlinux nor a bzImage")]
     Unknown(PathBuf),
     #[error("Kernel image {path} cannot be booted: {reason}")]
     Unusable { path: PathBuf, reason: &'static str },
-    #[error("Kernel image {path} needs memory up to {needed} MiB, the guest's ends at {available} MiB: give it more")]
+    #[error(
+        "Kernel image {path} needs memory up to {needed} MiB, the guest's ends at {available} MiB: give it more"
+    )]
     TooLarge { path: PathBuf, needed: u64, available: u64 },
     #[error("Cannot load kernel image {path}")]
-    Load { path: PathBuf, #[source] source: linux_loader::loader::Error },
+    Load {
+        path: PathBuf,
+        #[source]
+        source: linux_loader::loader::Error,
+    },
 }
 
 /// Loads the image at `path`.

@@ -12,8 +12,5 @@ const MTRR_WRITE_BACK: u64 = 6;
 #[must_use]
 pub fn boot_msrs() -> [kvm_msr_entry; 2] {
     let msr = |index, data| kvm_msr_entry { index, data, ..Default::default() };
-    [
-        msr(IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
-        msr(IA32_MTRR_DEF_TYPE, MTRR_ENABLED | MTRR_WRITE_BACK),
-    ]
+    [msr(IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING), msr(IA32_MTRR_DEF_TYPE, MTRR_ENABLED | MTRR_WRITE_BACK)]
 }

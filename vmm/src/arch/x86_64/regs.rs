@@ -86,7 +86,10 @@ const GDT_LIMIT: u16 = size_of_val(&GDT_ENTRIES) as u16 - 1;
 pub fn tables() -> impl Iterator<Item = (u64, u64)> {
     const WORD: u64 = 8;
     let gdt = (0..).zip(GDT_ENTRIES).map(|(i, entry)| (layout::GDT + i * WORD, entry));
-    let upper = [(layout::PML4, layout::PDPT | PRESENT | WRITABLE), (layout::PDPT, layout::PAGE_DIRECTORY | PRESENT | WRITABLE)];
+    let upper = [
+        (layout::PML4, layout::PDPT | PRESENT | WRITABLE),
+        (layout::PDPT, layout::PAGE_DIRECTORY | PRESENT | WRITABLE),
+    ];
     let pages = (0..512).map(|i| {
         (layout::PAGE_DIRECTORY + i * WORD, (i * LARGE_PAGE_SIZE) | PRESENT | WRITABLE | LARGE_PAGE)
     });

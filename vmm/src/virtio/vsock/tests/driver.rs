@@ -169,9 +169,7 @@ impl Guest {
     }
 
     #[expect(clippy::type_complexity, reason = "the parts of a guest, once")]
-    fn start(
-        device: &mut Vsock,
-    ) -> (GuestMemoryMmap, Ring, Ring, (VsockWorker, EventFd, EventFd, EventFd)) {
+    fn start(device: &mut Vsock) -> (GuestMemoryMmap, Ring, Ring, (VsockWorker, EventFd, EventFd, EventFd)) {
         let memory = testing::memory(16);
         let rings: Vec<Ring> = (0..3).zip(QUEUE_SIZES).map(|(i, size)| Ring::new(i, size)).collect();
         let (interrupt, irq) = testing::interrupt();
