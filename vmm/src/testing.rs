@@ -9,6 +9,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::virtio::irq::Interrupt;
 use crate::virtio::queue::{LiveQueue, QueueConfig};
 
+/// `VIRTQ_DESC_F_NEXT` and `VIRTQ_DESC_F_WRITE` (virtio 1.2, 2.7.5), as wide as a descriptor has them.
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+
 /// Guest memory of `mib` MiB from address 0.
 pub(crate) fn memory(mib: usize) -> GuestMemoryMmap {
     GuestMemoryMmap::from_ranges(&[(GuestAddress(0), mib << 20)]).unwrap()

@@ -441,9 +441,7 @@ mod tests {
 
     #[test]
     fn status_out_of_order_changes_nothing() {
-        for status in
-            [DRIVER, FEATURES_OK, DRIVER_OK, VIRTIO_CONFIG_S_DRIVER_OK, u32::MAX & !VIRTIO_CONFIG_S_FAILED]
-        {
+        for status in [DRIVER, FEATURES_OK, DRIVER_OK, VIRTIO_CONFIG_S_DRIVER_OK, !VIRTIO_CONFIG_S_FAILED] {
             let mut guest = Guest::new();
             assert_eq!(guest.set_status(status), 0, "{status:#x}");
             assert_eq!(guest.workers(), 0);

@@ -123,17 +123,14 @@ impl fmt::Debug for RngWorker {
 
 #[cfg(test)]
 mod tests {
-    use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
     use virtio_queue::desc::RawDescriptor;
     use virtio_queue::mock::MockSplitQueue;
     use vm_memory::GuestAddress;
     use vmm_sys_util::eventfd::EventFd;
 
     use super::*;
-    use crate::testing;
+    use crate::testing::{self, NEXT, WRITE};
 
-    const WRITE: u16 = VRING_DESC_F_WRITE as u16;
-    const NEXT: u16 = VRING_DESC_F_NEXT as u16;
     const BUFFER: u64 = 0x10_0000;
 
     type Mock<'m> = MockSplitQueue<'m, GuestMemoryMmap>;

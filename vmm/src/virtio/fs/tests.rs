@@ -3,17 +3,14 @@
 use std::fs;
 use std::path::PathBuf;
 
-use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::mock::MockSplitQueue;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
-use crate::testing;
+use crate::testing::{self, NEXT, WRITE};
 
-const WRITE: u16 = VRING_DESC_F_WRITE as u16;
-const NEXT: u16 = VRING_DESC_F_NEXT as u16;
 const REQUEST: u64 = 0x20_0000;
 const REPLY: u64 = 0x30_0000;
 const ROOT: u64 = 1;

@@ -2,10 +2,9 @@
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 
-use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
@@ -14,13 +13,16 @@ use vmm_sys_util::tempdir::TempDir;
 use super::super::packet::{HOST_CID, Header, Op, SHUTDOWN_BOTH, TYPE_STREAM};
 use super::super::worker::VsockWorker;
 use super::super::{QUEUE_SIZES, Vsock};
-use crate::testing;
-use crate::virtio::device::{Activation, Device, DeviceError, Worker};
+use crate::testing::{self, NEXT, WRITE};
+use crate::virtio::device::{Activation, DeviceError, Worker};
 use crate::virtio::queue::QueueConfig;
 
 pub(super) const CID: u32 = 3;
-pub(super) const NEXT: u16 = VRING_DESC_F_NEXT as u16;
-pub(super) const WRITE: u16 = VRING_DESC_F_WRITE as u16;
+/// `Header::SIZE`, as a descriptor has it.
+pub(super) const HEADER: u32 = 44;
+/// Guest memory no ring and no buffer of the driver lies in.
+pub(super) const FREE_MEMORY: u64 = 12 << 20;
+pub(super) const MEMORY_MIB: usize = 16;
 
 const RX_BUFFERS: u64 = 1 << 20;
 const RX_STRIDE: u64 = 16 << 10;
@@ -45,7 +47,7 @@ impl Prng {
     }
 
     pub(super) fn bytes(&mut self, count: usize) -> Vec<u8> {
-        (0..count).map(|_| (self.next() >> 32) as u8).collect()
+        (0..count).map(|_| self.next().to_le_bytes()[4]).collect()
     }
 }
 
@@ -168,9 +170,8 @@ impl Guest {
         guest
     }
 
-    #[expect(clippy::type_complexity, reason = "the parts of a guest, once")]
     fn start(device: &mut Vsock) -> (GuestMemoryMmap, Ring, Ring, (VsockWorker, EventFd, EventFd, EventFd)) {
-        let memory = testing::memory(16);
+        let memory = testing::memory(MEMORY_MIB);
         let rings: Vec<Ring> = (0..3).zip(QUEUE_SIZES).map(|(i, size)| Ring::new(i, size)).collect();
         let (interrupt, irq) = testing::interrupt();
         let kicks: Vec<EventFd> = (0..3).map(|_| testing::event()).collect();
@@ -249,7 +250,7 @@ impl Guest {
         self.memory.write_slice(&header.to_bytes(), GuestAddress(address)).unwrap();
         let data = address + Header::SIZE as u64;
         self.memory.write_slice(payload, GuestAddress(data)).unwrap();
-        let (size, len) = (Header::SIZE as u32, u32::try_from(payload.len()).unwrap());
+        let (size, len) = (HEADER, u32::try_from(payload.len()).unwrap());
         match framing {
             _ if len == 0 => self.tx.describe(&self.memory, head, (address, size, 0, 0)),
             Framing::One => self.tx.describe(&self.memory, head, (address, size + len, 0, 0)),
@@ -280,7 +281,7 @@ impl Guest {
             self.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
             let header = Header::from_bytes(bytes[..Header::SIZE].try_into().unwrap());
             assert_eq!(header.len as usize + Header::SIZE, bytes.len());
-            assert_eq!((header.src_cid, header.dst_cid), (HOST_CID, u64::from(CID)));
+            assert_eq!(header.dst_cid, u64::from(CID));
             self.received.push_back((header, bytes.split_off(Header::SIZE)));
             if self.recycle {
                 self.lend(head, 3776);
@@ -365,6 +366,17 @@ impl Guest {
         self.settle();
         assert_eq!(read_available(&mut client).0, format!("OK {host}\n").into_bytes());
         (client, host)
+    }
+
+    /// The guest's connection to the host's `port`, and the service's end of it.
+    pub(super) fn connected_service(&mut self, guest: u32, port: u32) -> UnixStream {
+        let service = UnixListener::bind(self.service_path(port)).unwrap();
+        self.control(Op::Request, guest, port);
+        self.expect(Op::Response);
+        let (stream, _) = service.accept().unwrap();
+        stream.set_nonblocking(true).unwrap();
+        std::fs::remove_file(self.service_path(port)).unwrap();
+        stream
     }
 
     pub(super) fn connections(&self) -> usize {

@@ -1,3 +1,6 @@
 //! The device against an emulated driver, and unix sockets for the host.
 
 mod driver;
+mod hostile;
+mod lifecycle;
+mod streams;
