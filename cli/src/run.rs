@@ -41,7 +41,7 @@ pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
     if arguments.timings.is_some() {
         pod.collect_timings(&timings);
     }
-    if !matches!(status, Err(PodError::Lost(_))) {
+    if !matches!(status, Err(PodError::Lost(_) | PodError::Broken(_))) {
         pod.delete();
     }
     match arguments.timings {

@@ -12,7 +12,7 @@ use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, open, openat, openat2};
+use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, open, openat, openat2, readlinkat};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::{Mode, SFlag, fstat, makedev, mkdirat, mknodat};
 use nix::unistd::{chroot, fchdir, symlinkat};
@@ -26,6 +26,10 @@ use crate::sys::mount::{
 
 /// The guest's own mounts, which a container must not find beneath its root.
 const GUEST_MOUNTS: [&str; 3] = ["/run", "/sys", "/proc"];
+
+/// Dangling links of the image that are followed to make one path, as many as the kernel follows (path_resolution(7)).
+/// Stops links that lead to each other.
+const MAX_LINKS: u32 = 40;
 
 /// Device nodes that every container has: name, major and minor number.
 const DEVICES: [(&str, u64, u64); 6] =
@@ -60,6 +64,11 @@ impl Root {
 
     /// Opens a path as a place, made with its parents where it is missing.
     pub(crate) fn make(&self, path: &str, directory: bool) -> nix::Result<OwnedFd> {
+        self.make_through(path, directory, MAX_LINKS)
+    }
+
+    /// `links` is how many dangling links may be followed.
+    fn make_through(&self, path: &str, directory: bool, links: u32) -> nix::Result<OwnedFd> {
         match self.open(path, OFlag::O_PATH) {
             Err(Errno::ENOENT) => {}
             found => return found,
@@ -75,11 +84,34 @@ impl Root {
                 mkdirat(&parent, *name, Mode::from_bits_truncate(0o755))
             };
             match made {
-                Ok(()) | Err(Errno::EEXIST) => {}
+                Ok(()) => {}
+                Err(Errno::EEXIST) => {
+                    let above = format!("/{}", names[..index].join("/"));
+                    self.make_target(&parent, &above, name, directory || !last, links)?;
+                }
                 Err(error) => return Err(error),
             }
         }
         self.open(path, OFlag::O_PATH)
+    }
+
+    /// Makes what `name` in the directory `above` links to, if it is a link to something that is missing.
+    fn make_target(
+        &self,
+        parent: &OwnedFd,
+        above: &str,
+        name: &str,
+        directory: bool,
+        links: u32,
+    ) -> nix::Result<()> {
+        let Ok(target) = readlinkat(parent, name) else { return Ok(()) };
+        if self.open(&format!("{above}/{name}"), OFlag::O_PATH).err() != Some(Errno::ENOENT) {
+            return Ok(());
+        }
+        let target = target.to_str().ok_or(Errno::EILSEQ)?;
+        let target = if target.starts_with('/') { target.into() } else { format!("{above}/{target}") };
+        let links = links.checked_sub(1).ok_or(Errno::ELOOP)?;
+        self.make_through(&target, directory, links).map(drop)
     }
 }
 

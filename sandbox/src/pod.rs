@@ -47,6 +47,9 @@ pub enum PodError {
     Create(#[source] CallError),
     #[error("VM ended while the container ran")]
     Lost(#[source] VmmError),
+    /// The VM ran on, so it was the guest that broke the connection, or the rules of it.
+    #[error("The connection to the agent was lost, and its VM was stopped for that")]
+    Broken(#[source] VmmError),
 }
 
 /// What a pod is made from.
@@ -181,15 +184,18 @@ fn state(config: &PodConfig, vmm: &VmmProcess) -> PodState {
 /// kernel's last lines.
 fn boot_verdict(vmm: &VmmProcess, what: &CallError) -> VmmError {
     if !matches!(what, CallError::VmmEnded | CallError::Lost) {
-        vmm.terminate();
+        vmm.stop();
     }
     vmm.verdict(LAST_WORDS)
 }
 
-/// A connection that ended means a VM that ended, and the VMM knows how.
+/// A connection that ended means a VM that ended, or one whose guest is not to be dealt with any longer.
 fn lost(vmm: &VmmProcess, error: CallError, otherwise: impl FnOnce(CallError) -> PodError) -> PodError {
     match error {
-        CallError::Lost | CallError::VmmEnded => PodError::Lost(vmm.verdict(LAST_WORDS)),
+        CallError::Lost | CallError::VmmEnded if vmm.wait(LAST_WORDS).is_some() => {
+            PodError::Lost(vmm.verdict(LAST_WORDS))
+        }
+        CallError::Lost | CallError::VmmEnded => PodError::Broken(vmm.verdict(Duration::ZERO)),
         error => otherwise(error),
     }
 }

@@ -38,7 +38,7 @@ pub enum StateError {
     #[error("{0:?} cannot name a pod: use 1 to 76 of A-Z a-z 0-9 _ . - and start with none of . -")]
     Name(String),
     #[error(
-        "A pod named {name} already exists: process {holder} holds it. Choose another --name, or end it with `krx kill {name}`"
+        "The name {name} is in use: process {holder} runs a pod by that name. Choose another --name, or end it with `krx kill {name}`"
     )]
     InUse { name: String, holder: u32 },
     #[error("No pod named {0} is running. `krx ps` lists those that are")]

@@ -177,9 +177,16 @@ impl VmmProcess {
         self.life.event.as_fd()
     }
 
-    /// Sends `SIGTERM`: the VMM stops the guest as it is.
+    /// Sends `SIGTERM`: the guest is told to power off, and stopped when it has not after a while.
     pub fn terminate(&self) {
         self.signal(Signal::SIGTERM);
+    }
+
+    /// Stops the guest as it is; the VMM then tells the last lines of its kernel's log.
+    pub fn stop(&self) {
+        // The second signal stops what the first only asks. Two of a kind could arrive as one.
+        self.signal(Signal::SIGTERM);
+        self.signal(Signal::SIGINT);
     }
 
     /// Ends the VMM at once.
@@ -204,7 +211,7 @@ impl VmmProcess {
     #[must_use]
     pub fn verdict(&self, grace: Duration) -> VmmError {
         let end = self.life.wait(grace).or_else(|| {
-            self.terminate();
+            self.stop();
             self.life.wait(CONTROL_TIMEOUT)
         });
         let end = end.unwrap_or_else(|| {

@@ -4,6 +4,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -72,7 +73,8 @@ fn terminated_start_ends_cleanly() {
     std::thread::sleep(Duration::from_millis(200));
     signal(krx.id(), Signal::SIGTERM);
     let status = until(Duration::from_secs(30), || krx.try_wait().expect("wait")).expect("krx ends");
-    assert_eq!(status.code(), Some(143), "{status:?}");
+    // By its own exit, or by the signal where that came before krx could listen for it.
+    assert_eq!(status.code().or_else(|| Some(128 + status.signal()?)), Some(143), "{status:?}");
     place.assert_clean();
 }
 
@@ -119,11 +121,11 @@ fn guests_that_do_not_play_along_cost_a_clear_error() {
     let Some(place) = Place::new() else { return };
     let cases: [(Mode, &[&str]); 6] = [
         (Mode::Exit, &["panicked", "kill init"]),
-        (Mode::Silent, &["did not say hello"]),
+        (Mode::Silent, &["did not say hello", "kernel log ends with"]),
         (Mode::Version, &["version 2 of the protocol"]),
         (Mode::Huge, &["hello"]),
         (Mode::Garbage, &["hello"]),
-        (Mode::Liar, &["connection to the agent was lost"]),
+        (Mode::Liar, &["onnection to the agent was lost"]),
     ];
     for (mode, words) in cases {
         let initramfs = guest::initramfs(&place.host, &place.scratch, mode);

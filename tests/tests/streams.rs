@@ -113,7 +113,8 @@ fn process_end_does_not_wait_for_input() {
 #[test]
 fn reader_that_leaves_ends_the_writer() {
     let Some(place) = Place::new() else { return };
-    let mut command = place.run(&[], &["yes"]);
+    // Not the container's first process, which no SIGPIPE ends.
+    let mut command = place.run(&[], &["sh", "-c", "yes; exit $?"]);
     let mut krx = command.stdout(Stdio::piped()).spawn().expect("krx");
     let mut stdout = krx.stdout.take().expect("piped");
     stdout.read_exact(&mut [0; 4096]).expect("output");

@@ -29,8 +29,15 @@ const IDLE: Duration = Duration::from_secs(60);
 /// Time the guest has for an orderly power-off before its vCPUs are stopped.
 pub const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 
+/// One line of a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(deny_unknown_fields)]
+struct Line {
+    request: Request,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
 enum Request {
     Pause,
     Resume,
@@ -148,22 +155,25 @@ fn serve(client: &UnixStream, handles: &Handles) -> io::Result<()> {
 
 fn answer(line: &[u8], handles: &Handles) -> Answer {
     let not_started = || Answer::Error("the vCPUs have not been started yet".into());
-    match serde_json::from_slice(line) {
-        Ok(Request::Pause) => {
+    let request = match serde_json::from_slice::<Line>(line) {
+        Ok(line) => line.request,
+        Err(error) => return Answer::Error(error.to_string()),
+    };
+    match request {
+        Request::Pause => {
             handles.with_vcpus(Vcpus::pause).map_or_else(not_started, |()| Answer::Ok("paused"))
         }
-        Ok(Request::Resume) => {
+        Request::Resume => {
             handles.with_vcpus(Vcpus::resume).map_or_else(not_started, |()| Answer::Ok("running"))
         }
-        Ok(Request::Status) => handles
+        Request::Status => handles
             .with_vcpus(Vcpus::paused)
             .map_or_else(not_started, |paused| Answer::Ok(if paused { "paused" } else { "running" })),
-        Ok(Request::Timings) => Answer::Phases(phase::all()),
-        Ok(Request::Shutdown) => {
+        Request::Timings => Answer::Phases(phase::all()),
+        Request::Shutdown => {
             handles.shut_down();
             Answer::Ok("shutting down")
         }
-        Err(error) => Answer::Error(error.to_string()),
     }
 }
 

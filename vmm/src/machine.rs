@@ -171,7 +171,7 @@ impl Machine {
     /// The guest's memory, for a look at its kernel log once it has ended. Stops the vCPUs first.
     #[must_use]
     pub fn memory_after_stop(&self) -> &GuestMemoryMmap {
-        self.vcpus.pause();
+        self.vcpus.stop();
         &self.memory
     }
 }
@@ -208,8 +208,9 @@ fn watch_signals(event_loop: &mut EventLoop, handles: &Handles) -> io::Result<()
     let mut mask = SigSet::empty();
     mask.add(Signal::SIGTERM);
     mask.add(Signal::SIGINT);
-    // Before any thread is started, so that all of them inherit it.
-    mask.thread_block()?;
+    // Before any thread is started, so that all of them inherit it; and nothing else, whatever the caller blocks: a
+    // vCPU has to hear the signal that takes it out of the guest.
+    mask.thread_set_mask()?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
     let handles = handles.clone();
     let mut asked = false;

@@ -108,7 +108,9 @@ fn start_failure(error: &MachineError) -> ExitCode {
 fn finish(outcome: &Outcome, machine: &Machine, config: &ValidConfig) -> ExitCode {
     let (code, message) = match outcome {
         Outcome::PowerOff => return ExitCode::PowerOff,
-        Outcome::Stopped => return ExitCode::Stopped,
+        Outcome::Stopped => {
+            (ExitCode::Stopped, "Stopped from outside, before the guest had powered off".to_string())
+        }
         Outcome::Orphaned => {
             machine::clean_up_for_owner(config);
             return ExitCode::Stopped;

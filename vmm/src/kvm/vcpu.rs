@@ -134,10 +134,10 @@ impl Vcpus {
         Ok(Self { control, threads })
     }
 
-    /// Stops the guest's time; returns when no vCPU is in the guest.
+    /// Stops the guest's time; returns when no vCPU is in the guest, or another has let it go on meanwhile.
     pub fn pause(&self) {
         self.want(Wanted::Pause);
-        self.wait_until_parked();
+        self.wait_until_parked(Wanted::Pause);
     }
 
     /// Lets the guest go on.
@@ -154,16 +154,22 @@ impl Vcpus {
     /// Ends the vCPUs for good; returns when no vCPU is in the guest.
     pub fn stop(&self) {
         self.want(Wanted::Stop);
-        self.wait_until_parked();
+        self.wait_until_parked(Wanted::Stop);
     }
 
     fn want(&self, wanted: Wanted) {
-        *self.control.wanted() = wanted;
+        let mut now = self.control.wanted();
+        // A client that resumes the guest while the machine ends must not undo the end.
+        if *now != Wanted::Stop {
+            *now = wanted;
+        }
+        drop(now);
         self.control.changed.notify_all();
     }
 
-    fn wait_until_parked(&self) {
-        while self.control.parked.load(Ordering::SeqCst) < self.threads.len() {
+    fn wait_until_parked(&self, wanted: Wanted) {
+        let all = self.threads.len();
+        while self.control.parked.load(Ordering::SeqCst) < all && *self.control.wanted() == wanted {
             for thread in self.threads.iter().filter(|thread| !thread.is_finished()) {
                 // A thread that has ended meanwhile needs no kick.
                 let _ = thread.kill(SIGRTMIN());

@@ -3,6 +3,7 @@
 //!
 //! The device knows nothing of mounts: the tree it serves is made by [`share`](crate::share). There is no DAX window.
 
+mod negotiation;
 pub mod request;
 mod worker;
 

@@ -69,7 +69,9 @@ pub fn judge(header: Header, readable: u64, writable: u64, body: &[u8]) -> Judge
         return refuse(libc::EINVAL);
     }
     // Linux resolves these itself and never asks. The library would walk up, as far as the share's root.
-    if header.opcode == OPCODE_LOOKUP && matches!(body, b".\0" | b"..\0") {
+    // Whatever stands behind the name's end: the library may look no further than that.
+    let name = body.split(|byte| *byte == 0).next();
+    if header.opcode == OPCODE_LOOKUP && matches!(name, Some(b"." | b"..")) {
         return refuse(libc::ENOENT);
     }
     Judgement::Serve
@@ -120,7 +122,7 @@ mod tests {
 
     #[test]
     fn dots_are_not_looked_up() {
-        for name in [&b"..\0"[..], b".\0"] {
+        for name in [&b"..\0"[..], b".\0", b"..\0\0", b".\0hidden behind"] {
             assert_eq!(judge(header(43, OPCODE_LOOKUP), 43, 200, name), Judgement::Answer(libc::ENOENT));
         }
         assert_eq!(judge(header(43, OPCODE_LOOKUP), 43, 200, b".a\0"), Judgement::Serve);

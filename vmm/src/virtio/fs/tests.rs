@@ -127,6 +127,16 @@ fn part(addr: u64, len: u32, flags: u16, next: u16) -> RawDescriptor {
 }
 
 #[test]
+fn guest_that_can_may_write_a_mebibyte_at_once() {
+    let driver = Driver::new("init");
+    let flags = 1 << 5 | 1 << 22; // FUSE_BIG_WRITES, FUSE_MAX_PAGES
+    let words = [7, 31, 0, flags].map(u32::to_le_bytes);
+    let reply = driver.ask(op::INIT, 0, words.as_flattened());
+    assert_eq!(reply.error, 0);
+    assert_eq!(reply.body[20..24], (1_u32 << 20).to_le_bytes());
+}
+
+#[test]
 fn files_are_found_and_read() {
     let driver = Driver::new("read");
     let node = driver.lookup("file").node();

@@ -10,7 +10,8 @@ use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::request::{self, Header, IN_HEADER, Judgement, OUT_HEADER};
+use super::negotiation;
+use super::request::{self, Header, IN_HEADER, Judgement};
 use crate::virtio::device::{Activation, DeviceError, Worker};
 use crate::virtio::queue::{Chain, LiveQueue};
 
@@ -18,8 +19,10 @@ pub(super) type Server = server::Server<PassthroughFs>;
 
 /// Requests served from one queue before the other one is looked at: a flood of forgets must not stop the files.
 const BUDGET: usize = 64;
-/// Bytes behind the header that a judgement looks at.
-const PEEK: usize = 4;
+/// Bytes behind the header that are looked at.
+const PEEK: usize = negotiation::REQUEST;
+/// Bytes of the reply that this device writes itself.
+const FRONT: usize = negotiation::REPLY;
 
 pub(super) struct FsWorker {
     server: Server,
@@ -86,7 +89,12 @@ fn serve(server: &Server, memory: &GuestMemoryMmap, chain: Chain<'_>) -> Result<
             let reader = Reader::from_descriptor_chain(memory, chain.clone()).map_err(unusable)?;
             let writer = VirtioFsWriter::new(memory, chain).map_err(unusable)?;
             match server.handle_message(reader, Writer::VirtioFs(writer), None, None) {
-                Ok(written) => Ok(u32::try_from(written).unwrap_or(u32::MAX)),
+                Ok(written) => {
+                    if shape.header.opcode == negotiation::OPCODE && written >= FRONT {
+                        negotiate(memory, &shape)?;
+                    }
+                    Ok(u32::try_from(written).unwrap_or(u32::MAX))
+                }
                 // Malformed in a way the library saw: the guest gets an error, as from any file system.
                 Err(_) if shape.header.is_unanswered() => Ok(0),
                 Err(_) => refuse(memory, &shape, libc::EINVAL),
@@ -100,13 +108,21 @@ fn unusable(_: fuse_backend_rs::transport::Error) -> DeviceError {
 }
 
 fn refuse(memory: &GuestMemoryMmap, shape: &Shape, error: i32) -> Result<u32, DeviceError> {
-    let mut rest = &request::error_reply(shape.header.unique, error)[..];
+    shape.write_reply(memory, &request::error_reply(shape.header.unique, error))?;
+    Ok(16)
+}
+
+/// Adds to the library's answer to the first request what this device can do besides.
+fn negotiate(memory: &GuestMemoryMmap, shape: &Shape) -> Result<(), DeviceError> {
+    let mut reply = [0; FRONT];
+    let mut rest = &mut reply[..];
     for (address, room) in &shape.reply_room {
-        let (now, later) = rest.split_at(rest.len().min(*room));
-        memory.write_slice(now, *address).map_err(DeviceError::Memory)?;
+        let (now, later) = rest.split_at_mut(rest.len().min(*room));
+        memory.read_slice(now, *address).map_err(DeviceError::Memory)?;
         rest = later;
     }
-    Ok(16)
+    negotiation::amend(&shape.peek, &mut reply);
+    shape.write_reply(memory, &reply)
 }
 
 /// A chain as far as it is looked at before it is served.
@@ -117,7 +133,7 @@ struct Shape {
     peek: [u8; PEEK],
     /// Bytes of `peek` that the request has.
     peeked: usize,
-    /// Where an out header goes: its places and their sizes.
+    /// Where the front of the reply goes: its places and their sizes.
     reply_room: Vec<(GuestAddress, usize)>,
 }
 
@@ -133,7 +149,7 @@ impl Shape {
             memory.get_slice(descriptor.addr(), len).map_err(DeviceError::Memory)?;
             if descriptor.is_write_only() {
                 writable += u64::from(descriptor.len());
-                let part = len.min(OUT_HEADER - room);
+                let part = len.min(FRONT - room);
                 if part > 0 {
                     reply_room.push((descriptor.addr(), part));
                     room += part;
@@ -157,6 +173,17 @@ impl Shape {
 
     fn body(&self) -> &[u8] {
         &self.peek[..self.peeked]
+    }
+
+    /// Writes the front of the reply, as far as the guest has room for it.
+    fn write_reply(&self, memory: &GuestMemoryMmap, reply: &[u8]) -> Result<(), DeviceError> {
+        let mut rest = reply;
+        for (address, room) in &self.reply_room {
+            let (now, later) = rest.split_at(rest.len().min(*room));
+            memory.write_slice(now, *address).map_err(DeviceError::Memory)?;
+            rest = later;
+        }
+        Ok(())
     }
 }
 
