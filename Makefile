@@ -32,6 +32,7 @@ e2e: build rootfs ## VM and end-to-end tests alone; TESTS=name filters
 
 lint: setup ## Formatting, clippy, licences and advisories (where cargo-deny is installed)
 	@cargo fmt --all --check && cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
+	@cargo fmt --manifest-path fuzz/Cargo.toml --check && cargo clippy --manifest-path fuzz/Cargo.toml --all-targets --locked --quiet --target-dir target -- -D warnings
 	@if cargo deny --version >/dev/null 2>&1; then cargo deny --log-level error check; else echo "lint: cargo-deny is not installed, deny.toml not checked"; fi
 
 check: lint test ## What CI runs
@@ -39,7 +40,7 @@ check: lint test ## What CI runs
 bench: build rootfs ## Boot latency in counted time, in the emulated host
 	@cargo bench --locked -p benches --bench boot -- --icount $(BENCH)
 
-fuzz: setup ## Every fuzz target for TIME=60 seconds (needs cargo-fuzz)
+fuzz: setup ## Every fuzz target for TIME=60 seconds (libFuzzer; needs g++)
 	@fuzz/run $(or $(TIME),60)
 
 fmt: ## Format the sources

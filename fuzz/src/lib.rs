@@ -1,0 +1,125 @@
+//! The fuzz targets, as functions of bytes. A target passes when it returns: no panic, no hang, no abort. What a
+//! parser answers is for its unit tests; here it only has to live.
+//!
+//! `fuzz/run` runs them under libFuzzer; `cargo test` runs each on its [`seeds`] and on changes of these.
+
+mod device;
+mod files;
+mod input;
+pub mod seeds;
+
+use std::cell::RefCell;
+use std::io::Cursor;
+
+use krx_proto::{Call, Message};
+use krx_vmm::arch::x86_64::kernel;
+use krx_vmm::config::Config;
+use krx_vmm::klog;
+use krx_vmm::virtio::fs::Fs;
+use krx_vmm::virtio::rng::Rng;
+use krx_vmm::virtio::vsock::Vsock;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use crate::files::Scratch;
+use crate::input::Input;
+
+/// A target, by its name.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// All of them.
+pub const TARGETS: [Target; 8] = [
+    ("mmio_rng", mmio_rng),
+    ("mmio_vsock", mmio_vsock),
+    ("mmio_fs", mmio_fs),
+    ("vmm_config", vmm_config),
+    ("kernel", kernel),
+    ("klog", klog),
+    ("agent_frames", agent_frames),
+    ("bundle", bundle),
+];
+
+thread_local! {
+    static SCRATCH: RefCell<Option<Scratch>> = const { RefCell::new(None) };
+}
+
+/// The files of this thread's targets.
+fn with_scratch<T>(action: impl FnOnce(&Scratch) -> T) -> T {
+    SCRATCH.with_borrow_mut(|scratch| action(scratch.get_or_insert_with(Scratch::new)))
+}
+
+/// A guest at the registers and queues of the entropy device.
+pub fn mmio_rng(data: &[u8]) {
+    device::drive(Box::new(Rng), data, |_| ());
+}
+
+/// The same of the vsock device, with a client of the host that also says what it likes.
+pub fn mmio_vsock(data: &[u8]) {
+    with_scratch(|scratch| {
+        let socket = scratch.path("v");
+        let Ok(vsock) = Vsock::new(3, socket.clone()) else { return };
+        let mut clients = files::Clients::new(socket);
+        device::drive(Box::new(vsock), data, |bytes| clients.say(bytes));
+    });
+}
+
+/// The same of the file system device, on a directory that the guest may change.
+pub fn mmio_fs(data: &[u8]) {
+    with_scratch(|scratch| {
+        if let Ok(fs) = Fs::new("krx", &scratch.fresh_share()) {
+            device::drive(Box::new(fs), data, |_| ());
+        }
+    });
+}
+
+/// What is typed, or sent by krx, as the VMM's configuration.
+pub fn vmm_config(data: &[u8]) {
+    if let Ok(config) = Config::from_json(data) {
+        let _ = config.validate();
+    }
+}
+
+/// A file that `--kernel` names.
+pub fn kernel(data: &[u8]) {
+    with_scratch(|scratch| {
+        let memory = memory();
+        let _ = kernel::load(&memory, &scratch.file("kernel", data));
+    });
+}
+
+/// A guest's memory, and the kernel image its log is looked up with: the image's length, the image, the memory.
+pub fn klog(data: &[u8]) {
+    with_scratch(|scratch| {
+        let mut input = Input::new(data);
+        let length = input.word();
+        let image = scratch.file("image", input.bytes(usize::from(length)));
+        let memory = memory();
+        // Behind the real-mode area, where kernels are; a hostile image may point anywhere else.
+        let _ = memory.write_slice(input.rest(), GuestAddress(seeds::LOG_MEMORY));
+        if let Ok(log) = klog::read(&memory, &image) {
+            assert!(log.len() <= klog::MAX_LOG);
+            assert!(log.bytes().all(|byte| byte == b'\n' || (b' '..=b'~').contains(&byte)));
+        }
+    });
+}
+
+/// What the agent sends to the host, and the host to the agent.
+pub fn agent_frames(data: &[u8]) {
+    let mut from = Cursor::new(data);
+    while krx_proto::read_frame::<Message>(&mut from).is_ok() {}
+    let mut from = Cursor::new(data);
+    while krx_proto::read_frame::<Call>(&mut from).is_ok() {}
+    let mut received = data.to_vec();
+    while let Ok(Some(_)) = krx_proto::take_frame::<Message>(&mut received) {}
+}
+
+/// A bundle's `config.json`.
+pub fn bundle(data: &[u8]) {
+    with_scratch(|scratch| {
+        let directory = scratch.bundle(data);
+        let _ = krx_sandbox::bundle::read("fuzz", &directory);
+    });
+}
+
+fn memory() -> GuestMemoryMmap {
+    GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 8 << 20)]).expect("guest memory")
+}
