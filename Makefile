@@ -10,7 +10,7 @@ setup: ## Install what is missing (as root), or say exactly what to install
 	@scripts/setup
 
 build: setup kernel initramfs ## Everything a user runs: krx, krx-vmm, guest kernel, initramfs
-	@cargo build --release --locked --quiet -p krx -p krx-vmm
+	@scripts/programs
 
 kernel: setup ## Guest kernel (target/guest/vmlinux); KERNEL_SRC= and KERNEL= override
 	@kernel-config/build.sh

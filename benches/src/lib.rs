@@ -1,1 +1,9 @@
-//! TBD
+//! What the benchmarks of krx are made of: starts that are watched, exits that are counted, reports that can be
+//! compared. Measured are the built programs, as a user runs them; nothing here links them.
+
+pub mod exits;
+pub mod host;
+pub mod report;
+pub mod resident;
+pub mod start;
+pub mod tracing;

@@ -333,13 +333,34 @@ mod tests {
     }
 
     #[test]
-    fn links_to_nowhere_and_magic_links_are_refused() {
-        let scratch = Scratch::new("nowhere");
-        symlink("/missing", scratch.0.join("root/dangling")).unwrap();
-        symlink("loop", scratch.0.join("root/loop")).unwrap();
+    fn dangling_links_are_followed_inside_the_root() {
+        let scratch = Scratch::new("dangling");
+        let at = |path: &str| scratch.0.join(path);
+        symlink("/../../outside/of", at("root/absolute")).unwrap();
+        symlink("../above", at("root/relative")).unwrap();
+        symlink("relative", at("root/second")).unwrap();
         let root = scratch.root();
-        assert_eq!(root.make("/dangling", false).unwrap_err(), Errno::ENOENT);
-        assert_eq!(root.make("/loop", true).unwrap_err(), Errno::ELOOP);
+        root.make("/absolute/file", false).unwrap();
+        root.make("/second", true).unwrap();
+        assert!(at("root/outside/of/file").is_file());
+        assert!(at("root/above").is_dir());
+        assert!(!at("outside").exists() && !at("above").exists());
+    }
+
+    #[test]
+    fn looping_and_magic_links_are_refused() {
+        let scratch = Scratch::new("loops");
+        let at = |path: &str| scratch.0.join(path);
+        symlink("loop", at("root/loop")).unwrap();
+        symlink("b/x", at("root/a")).unwrap();
+        symlink("a/x", at("root/b")).unwrap();
+        for number in 0..MAX_LINKS + 2 {
+            symlink(format!("l{}", number + 1), at(&format!("root/l{number}"))).unwrap();
+        }
+        let root = scratch.root();
+        for path in ["/loop", "/a", "/b/c", "/l0"] {
+            assert_eq!(root.make(path, true).unwrap_err(), Errno::ELOOP, "{path}");
+        }
         let system = Root::own().unwrap();
         assert_eq!(system.open("/proc/self/fd/0", OFlag::O_PATH).unwrap_err(), Errno::ELOOP);
     }

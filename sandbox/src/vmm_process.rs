@@ -410,8 +410,10 @@ mod tests {
     fn lifeline_ends_with_its_owner() {
         let scratch = Scratch::new("vmm");
         // Reads the lifeline to its end, which comes only when the write end is closed.
-        let vmm =
-            run(&scratch, "fd=$(sed 's/.*lifeline_fd\":\\([0-9]*\\).*/\\1/'); cat <&$fd; echo gone >&2");
+        let vmm = run(
+            &scratch,
+            "fd=$(sed 's/.*lifeline_fd\":\\([0-9]*\\).*/\\1/'); cat /proc/self/fd/$fd; echo gone >&2",
+        );
         assert_eq!(vmm.wait(Duration::from_millis(200)), None);
         let life = vmm.life.clone();
         // As at the owner's death: the pipe is closed and nothing else happens.

@@ -1,0 +1,257 @@
+//! Boot latency: `cargo bench -p benches --bench boot`, in counted time with `-- --icount` (`make bench`).
+//!
+//! Times and exits are taken in different runs, as recording an exit takes time of its own. The first run of each kind
+//! warms up and is not counted.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use benches::exits;
+use benches::host::{self, Memory};
+use benches::report::{Report, Row};
+use benches::start::{self, Programs, Qemu, SPAWNED, Start};
+use benches::tracing::{Event, Recording};
+
+const USAGE: &str = "\
+Usage: cargo bench -p benches --bench boot -- [--icount] [--runs N]
+
+  --icount   count instructions as time, in an emulated host (tests/kvm-host)
+  --runs N   samples of each figure (5)";
+
+/// MiB of guest memory measured.
+const SIZES: [u64; 2] = [128, 1024];
+/// Budget from exec of krx-vmm to PID 1 at 128 MiB, in counted milliseconds.
+const PID1_BUDGET: f64 = 80.0;
+/// Budget of the VMM's memory beyond its guest's, in MiB.
+const RESIDENT_BUDGET: f64 = 4.0;
+const QEMU: &str = "/usr/bin/qemu-system-x86_64";
+/// Seconds after which QEMU's guest has booted; idle time passes at once where time is counted.
+const QEMU_SECONDS: u64 = 5;
+/// The same for its first boot, which reads the program and its libraries.
+const QEMU_WARM_UP: u64 = 60;
+/// Set for the copy of this program that measures.
+const REVISION: &str = "KRX_BENCH_REVISION";
+
+fn main() -> ExitCode {
+    let outcome = parse().and_then(|options| match std::env::var(REVISION) {
+        Ok(revision) => measure(&options, &revision).map_err(|error| error.to_string()),
+        Err(_) => Err(launch(&options).to_string()),
+    });
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("boot: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+struct Options {
+    icount: bool,
+    runs: usize,
+}
+
+fn parse() -> Result<Options, String> {
+    let mut options = Options { icount: false, runs: 5 };
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            // Cargo's own.
+            "--bench" => {}
+            "--icount" => options.icount = true,
+            "--runs" => {
+                let number = arguments.next().and_then(|number| number.parse().ok());
+                options.runs = number.filter(|runs| (1..=100).contains(runs)).ok_or(USAGE)?;
+            }
+            other => return Err(format!("unknown argument {other}\n{USAGE}")),
+        }
+    }
+    Ok(options)
+}
+
+/// Becomes the program that measures, on a host whose KVM runs Linux; returns only when it cannot.
+fn launch(options: &Options) -> io::Error {
+    let root = host::root();
+    let program = match std::env::current_exe() {
+        Ok(program) => program,
+        Err(error) => return error,
+    };
+    let mut command = Command::new(root.join("tests/kvm-host"));
+    if options.icount {
+        command.arg("--icount");
+    }
+    command.args(["--timeout", "1500", "--"]).arg(program).args(["--runs", &options.runs.to_string()]);
+    command.env(REVISION, revision(&root)).exec()
+}
+
+fn revision(root: &Path) -> String {
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git").arg("-C").arg(root).args(arguments).output().ok()?;
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_string())
+    };
+    let revision = git(&["rev-parse", "--short=12", "HEAD"]).unwrap_or_else(|| "unknown".into());
+    let changed = git(&["status", "--porcelain", "--untracked-files=no"]).is_none_or(|text| !text.is_empty());
+    if changed { format!("{revision}-dirty") } else { revision }
+}
+
+fn measure(options: &Options, revision: &str) -> io::Result<ExitCode> {
+    let memory = Memory::new()?;
+    let programs = Programs::load(&memory, &host::root())?;
+    let unit = if host::is_counting() { "cms" } else { "ms" };
+    let mut rows = Vec::new();
+    for size in SIZES {
+        rows.extend(vmm_rows(&programs, &memory, options.runs, (size, unit))?);
+        rows.extend(container_rows(&programs, &memory, options.runs, (size, unit))?);
+    }
+    rows.extend(qemu_rows(&programs, options.runs, unit)?);
+    let report = Report { bench: "boot".into(), revision: revision.into(), unit: unit.into(), rows };
+    print!("boot latency of {revision}, {} runs\n{}", options.runs, report.table());
+    let path = host::root().join(format!("target/bench/boot-{revision}-{unit}.json"));
+    std::fs::create_dir_all(path.parent().unwrap_or(&path))?;
+    std::fs::write(&path, serde_json::to_vec_pretty(&report)?)?;
+    println!("report: {}", path.display());
+    let over = report.over_budget();
+    if over.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!("boot: over budget: {}", over.join(", "));
+    Ok(ExitCode::FAILURE)
+}
+
+/// The same start `runs` times, after one that only warms up.
+fn repeat(runs: usize, mut one: impl FnMut() -> io::Result<Start>) -> io::Result<Vec<Start>> {
+    one()?;
+    (0..runs).map(|_| one()).collect()
+}
+
+fn row(name: String, unit: &str, starts: &[Start], (from, to): (&str, &str)) -> Row {
+    Row::new(name, unit, starts.iter().map(|start| start.between_ms(from, to)).collect())
+}
+
+/// From exec of `krx-vmm` to its agent's hello.
+fn vmm_rows(
+    programs: &Programs,
+    memory: &Memory,
+    runs: usize,
+    (size, unit): (u64, &str),
+) -> io::Result<Vec<Row>> {
+    let starts = repeat(runs, || start::vmm(programs, memory, size))?;
+    let name = |to: &str| format!("krx-vmm, {size} MiB: exec to {to}");
+    let mut rows: Vec<_> = [
+        ("configuration read", "configured"),
+        ("VM created", "vm_created"),
+        ("kernel loaded", "kernel_loaded"),
+        ("first guest instruction", "first_instruction"),
+        ("PID 1", "pid1"),
+        ("agent ready", "agent ready"),
+    ]
+    .into_iter()
+    .map(|(to, phase)| row(name(to), unit, &starts, (SPAWNED, phase)))
+    .collect();
+    if size == SIZES[0] && unit == "cms" {
+        rows[4].budget = Some(PID1_BUDGET);
+    }
+    rows.extend(exit_rows(runs, &format!("krx-vmm, {size} MiB"), || start::vmm(programs, memory, size))?);
+    let resident = starts.iter().filter_map(|start| start.resident_kib).map(mebibytes).collect();
+    let name = format!("krx-vmm, {size} MiB: memory beyond the guest's");
+    rows.push(Row::new(name, "MiB", resident).budget(RESIDENT_BUDGET));
+    Ok(rows)
+}
+
+/// Exits up to PID 1 and up to the agent's hello.
+fn exit_rows(runs: usize, name: &str, mut one: impl FnMut() -> io::Result<Start>) -> io::Result<Vec<Row>> {
+    let mut counts: [Vec<f64>; 2] = Default::default();
+    let mut parts: [BTreeMap<String, u64>; 2] = Default::default();
+    let points = [("pid1", "PID 1"), ("agent ready", "agent ready")];
+    for _ in 0..runs {
+        let (start, events) = recorded(&[("kvm/kvm_exit", "")], &mut one)?;
+        for (index, (phase, _)) in points.iter().enumerate() {
+            let by_reason = exits::by_reason(&events, start.at(SPAWNED), start.at(phase));
+            counts[index].push(count(by_reason.values().sum()));
+            parts[index] = by_reason;
+        }
+    }
+    let rows = points.into_iter().zip(counts).zip(parts);
+    Ok(rows
+        .map(|(((_, to), counts), parts)| {
+            Row::new(format!("{name}: VM exits to {to}"), "exits", counts).parts(parts)
+        })
+        .collect())
+}
+
+fn recorded<T>(
+    events: &[(&str, &str)],
+    one: &mut impl FnMut() -> io::Result<T>,
+) -> io::Result<(T, Vec<Event>)> {
+    let recording = Recording::start(events)?;
+    let done = one()?;
+    Ok((done, recording.finish()?))
+}
+
+/// From exec of `krx` to the first byte of a static program's output.
+fn container_rows(
+    programs: &Programs,
+    memory: &Memory,
+    runs: usize,
+    (size, unit): (u64, &str),
+) -> io::Result<Vec<Row>> {
+    let starts = repeat(runs, || start::container(programs, memory, size))?;
+    let name = |from: &str, to: &str| format!("krx run, {size} MiB: exec of {from} to {to}");
+    Ok(vec![
+        row(name("krx", "exec of krx-vmm"), unit, &starts, (SPAWNED, "vmm spawned")),
+        row(name("krx-vmm", "agent ready"), unit, &starts, ("vmm spawned", "agent ready")),
+        row(name("krx-vmm", "container created"), unit, &starts, ("vmm spawned", "container created")),
+        row(name("krx-vmm", "exec in the container"), unit, &starts, ("vmm spawned", "exec")),
+        row(name("krx-vmm", "first byte of output"), unit, &starts, ("vmm spawned", "first byte")),
+        row(name("krx", "first byte of output"), unit, &starts, (SPAWNED, "first byte")),
+    ])
+}
+
+/// QEMU's microvm with the same kernel and initramfs, as the reference.
+fn qemu_rows(programs: &Programs, runs: usize, unit: &str) -> io::Result<Vec<Row>> {
+    if !Path::new(QEMU).exists() {
+        println!("boot: no {QEMU}, so no reference; apt-get install qemu-system-x86");
+        return Ok(Vec::new());
+    }
+    let qemu = Qemu { program: QEMU.into() };
+    let size = SIZES[0];
+    qemu.boot(programs, size, QEMU_WARM_UP)?;
+    let mut one = || qemu.boot(programs, size, QEMU_SECONDS);
+    let mut times = Vec::new();
+    for _ in 0..runs {
+        let (spawned, events) = recorded(&[("kvm/kvm_pio", "")], &mut one)?;
+        let Some(pid1) = start::pid1_ns(&events) else {
+            println!("boot: QEMU's guest did not reach PID 1 within {QEMU_SECONDS} s, so no reference");
+            return Ok(Vec::new());
+        };
+        times.push(milliseconds(pid1.saturating_sub(spawned)));
+    }
+    let name = format!("QEMU microvm, {size} MiB: exec to PID 1");
+    let mut rows = vec![Row::new(name, unit, times)];
+    let (spawned, events) = recorded(&[("kvm/kvm_pio", ""), ("kvm/kvm_exit", "")], &mut one)?;
+    if let Some(pid1) = start::pid1_ns(&events) {
+        let by_reason = exits::by_reason(&events, spawned, pid1);
+        let total = count(by_reason.values().sum());
+        let name = format!("QEMU microvm, {size} MiB: VM exits to PID 1");
+        rows.push(Row::new(name, "exits", vec![total]).parts(by_reason));
+    }
+    Ok(rows)
+}
+
+#[expect(clippy::cast_precision_loss, reason = "far below 2^53")]
+fn milliseconds(nanoseconds: u64) -> f64 {
+    nanoseconds as f64 / 1e6
+}
+
+#[expect(clippy::cast_precision_loss, reason = "far below 2^53")]
+fn mebibytes(kib: u64) -> f64 {
+    kib as f64 / 1024.0
+}
+
+#[expect(clippy::cast_precision_loss, reason = "far below 2^53")]
+fn count(number: u64) -> f64 {
+    number as f64
+}
