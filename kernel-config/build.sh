@@ -165,7 +165,7 @@ if ! kmake -j"$jobs" vmlinux bzImage 2>&1 | tee "$build/make.log" | while IFS= r
     esac
     if ((SECONDS >= shown + 5)); then
         shown=$SECONDS
-        say "$objects objects of about 1500, $SECONDS s (${line##* })"
+        say "$objects objects of about 1150, $SECONDS s (${line##* })"
     fi
 done; then
     grep -n -B 2 -A 8 -m 5 -E 'error:|Error [0-9]|undefined reference' "$build/make.log" >&2 || tail -n 30 "$build/make.log" >&2

@@ -1,0 +1,212 @@
+//! The agent, called as krx calls it, in ways that `krx` itself does not yet: several containers in one VM, whole
+//! bundles of settings, requests that make no sense.
+
+#![allow(clippy::tests_outside_test_module, reason = "an integration test is one")]
+
+use std::io::Read;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use krx_proto::{
+    AgentError, Answer, Capabilities, ContainerSpec, ErrorKind, ExitStatus, ProcessSpec, Request, Rlimit,
+    Stream,
+};
+use krx_sandbox::agent::{AgentClient, CallError};
+use krx_sandbox::default_spec;
+use krx_sandbox::process::Process;
+use tests::pod::{Living, Place, until};
+
+/// A living pod, and a connection of its own to the agent in it.
+struct Guest<'a> {
+    pod: Living<'a>,
+    agent: Arc<AgentClient>,
+}
+
+impl<'a> Guest<'a> {
+    fn new(place: &'a Place) -> Self {
+        let pod = place.living("pod");
+        let agent = AgentClient::connect(&place.state().join("pod/vsock.sock")).expect("agent");
+        Self { pod, agent: Arc::new(agent) }
+    }
+
+    fn call(&self, request: Request) -> Result<Answer, CallError> {
+        self.agent.send(request).expect("sent").answer()
+    }
+
+    fn process(&self, container: &str, process: &str) -> Process {
+        let vsock = self.pod.place.state().join("pod/vsock.sock");
+        Process::new(self.agent.clone(), vsock, container, process)
+    }
+
+    fn create(&self, spec: ContainerSpec) -> Result<Process, CallError> {
+        let process = self.process(&spec.id, "");
+        self.call(Request::Create(Box::new(spec))).map(|_| process)
+    }
+
+    /// Runs a shell script in a new container and returns its output and end.
+    fn run(&self, id: &str, script: &str, change: impl FnOnce(&mut ContainerSpec)) -> (String, ExitStatus) {
+        let mut spec = shell(id, script);
+        change(&mut spec);
+        let process = self.create(spec).expect("create");
+        output(&process)
+    }
+}
+
+/// A container on the pod's root file system.
+fn shell(id: &str, script: &str) -> ContainerSpec {
+    let mut spec = default_spec::container(id);
+    spec.rootfs = format!("{}/rootfs", krx_proto::SHARE_PATH);
+    spec.process.args = vec!["sh".into(), "-c".into(), script.into()];
+    spec
+}
+
+/// Starts a process and reads its output to the end.
+fn output(process: &Process) -> (String, ExitStatus) {
+    let mut stdout = process.connect(Stream::Stdout).expect("stdout");
+    process.start().expect("start");
+    let mut text = String::new();
+    stdout.read_to_string(&mut text).expect("output");
+    (text, process.wait().expect("wait"))
+}
+
+fn kind(result: Result<impl Sized, CallError>) -> ErrorKind {
+    match result.err() {
+        Some(CallError::Agent(AgentError { kind, .. })) => kind,
+        other => panic!("no error of the agent: {other:?}"),
+    }
+}
+
+#[test]
+fn several_containers_live_in_one_vm() {
+    let Some(place) = Place::new() else { return };
+    let guest = Guest::new(&place);
+    let long: Vec<_> = ["a", "b", "c"]
+        .into_iter()
+        .map(|id| {
+            let process =
+                guest.create(shell(id, "echo $HOSTNAME; hostname; exec sleep 1000")).expect("create");
+            process.start().expect("start");
+            process
+        })
+        .collect();
+    // Each has its own processes and its own name; the kernel is one.
+    let script = "hostname; ls -d /proc/[0-9]* | wc -l; cat /proc/sys/kernel/random/boot_id";
+    let outputs: Vec<_> = ["d", "e"].into_iter().map(|id| guest.run(id, script, |_| ()).0).collect();
+    let lines: Vec<Vec<&str>> = outputs.iter().map(|text| text.lines().collect()).collect();
+    assert_eq!((lines[0][0], lines[1][0]), ("d", "e"));
+    // The shell and its `ls`, at most `wc` beside them.
+    assert!(lines[0][1].parse::<u32>().expect("count") <= 3, "{lines:?}");
+    assert_eq!(lines[0][2], lines[1][2]);
+    // One that ends leaves the others alone, and its name is free once it is deleted.
+    long[0].kill(9).expect("kill");
+    assert_eq!(long[0].wait().expect("wait"), ExitStatus::Signal(9));
+    assert_eq!(kind(guest.create(shell("a", "true"))), ErrorKind::Exists);
+    long[0].delete().expect("delete");
+    assert_eq!(guest.run("a", "echo again", |_| ()).0, "again\n");
+    assert_eq!(kind(long[1].delete()), ErrorKind::WrongState);
+    for process in &long[1..] {
+        process.kill(15).ok();
+        process.kill(9).expect("kill");
+        process.wait().expect("wait");
+        process.delete().expect("delete");
+    }
+    assert_eq!(guest.pod.exec(&["echo", "alive"]).ok().out, "alive\n");
+}
+
+#[test]
+fn orphans_are_reaped() {
+    let Some(place) = Place::new() else { return };
+    let guest = Guest::new(&place);
+    // Without a PID namespace of its own an orphan becomes the agent's child.
+    let script = "for i in 1 2 3 4 5; do (sh -c 'exit 3' &); done; (sleep 0.3 &); sleep 1; \
+        grep -l '^State:.Z' /proc/[0-9]*/status | wc -l";
+    let in_the_guest = |spec: &mut ContainerSpec| spec.namespaces.clear();
+    let hostname = |spec: &mut ContainerSpec| {
+        in_the_guest(spec);
+        spec.hostname = None;
+    };
+    assert_eq!(guest.run("orphans", script, hostname), ("0\n".into(), ExitStatus::Code(0)));
+}
+
+#[test]
+fn settings_of_a_process_are_honoured() {
+    let Some(place) = Place::new() else { return };
+    let guest = Guest::new(&place);
+    let script = "id -u; id -g; id -G; umask; ulimit -n; pwd; grep -E '^(CapEff|CapBnd|NoNewPrivs)' /proc/self/status; \
+        cat /proc/self/oom_score_adj; cat /proc/sys/net/ipv4/ip_forward";
+    let (text, status) = guest.run("settings", script, |spec| {
+        let process = &mut spec.process;
+        process.user.uid = 7;
+        process.user.gid = 8;
+        process.user.additional_gids = vec![9, 10];
+        process.user.umask = Some(0o27);
+        process.rlimits = vec![Rlimit { resource: 7, soft: 123, hard: 456 }];
+        process.cwd = "/var/lib".into();
+        process.no_new_privileges = true;
+        process.oom_score_adj = Some(500);
+        process.capabilities = Some(Capabilities { bounding: 1 << 10, ..Capabilities::default() });
+        spec.sysctls = vec![("net.ipv4.ip_forward".into(), "1".into())];
+    });
+    assert_eq!(status, ExitStatus::Code(0), "{text}");
+    let lines: Vec<_> = text.lines().map(|line| line.split_whitespace().last().unwrap_or_default()).collect();
+    assert_eq!(
+        lines,
+        ["7", "8", "10", "0027", "123", "/var/lib", "0000000000000000", "0000000000000400", "1", "500", "1"]
+    );
+    assert!(text.contains("8 9 10"), "{text}");
+}
+
+#[test]
+fn ends_are_told_as_they_are() {
+    let Some(place) = Place::new() else { return };
+    let guest = Guest::new(&place);
+    assert_eq!(guest.run("exit", "exit 255", |_| ()).1, ExitStatus::Code(255));
+    let process = guest.create(shell("signals", "exec sleep 1000")).expect("create");
+    process.start().expect("start");
+    // A process of the container other than the first ends by any signal.
+    let further = guest.process("signals", "further");
+    let spec = ProcessSpec { args: vec!["sleep".into(), "1000".into()], ..shell("x", "").process };
+    further.exec(spec).expect("exec");
+    further.start().expect("start");
+    let waiting = further.clone();
+    let waiter = thread::spawn(move || waiting.wait().expect("wait"));
+    thread::sleep(Duration::from_millis(100));
+    further.kill(15).expect("kill");
+    assert_eq!(waiter.join().expect("waiter"), ExitStatus::Signal(15));
+    // And with the first all others end.
+    let other = guest.process("signals", "other");
+    other
+        .exec(ProcessSpec { args: vec!["sleep".into(), "1000".into()], ..shell("x", "").process })
+        .expect("exec");
+    other.start().expect("start");
+    process.kill(9).expect("kill");
+    assert_eq!(other.wait().expect("wait"), ExitStatus::Signal(9));
+}
+
+#[test]
+fn requests_that_make_no_sense_are_refused_by_name() {
+    let Some(place) = Place::new() else { return };
+    let guest = Guest::new(&place);
+    assert_eq!(kind(guest.process("nobody", "").start()), ErrorKind::NotFound);
+    assert_eq!(kind(guest.process("pod", "nobody").wait()), ErrorKind::NotFound);
+    assert_eq!(kind(guest.process("pod", "").start()), ErrorKind::WrongState);
+    assert_eq!(kind(guest.process("pod", "").kill(4711)), ErrorKind::Invalid);
+    let refused = |change: &dyn Fn(&mut ContainerSpec)| {
+        let mut spec = shell("refused", "true");
+        change(&mut spec);
+        kind(guest.create(spec))
+    };
+    assert_eq!(refused(&|spec| spec.id = "../x".into()), ErrorKind::Invalid);
+    assert_eq!(refused(&|spec| spec.process.args.clear()), ErrorKind::Invalid);
+    assert_eq!(refused(&|spec| spec.process.cwd = "relative".into()), ErrorKind::Invalid);
+    assert_eq!(refused(&|spec| spec.process.env = vec!["no equals sign\0".into()]), ErrorKind::Invalid);
+    assert_eq!(refused(&|spec| spec.mounts[0].kind = "nonsense".into()), ErrorKind::Failed);
+    assert_eq!(refused(&|spec| spec.rootfs = "/nowhere".into()), ErrorKind::Failed);
+    assert_eq!(refused(&|spec| spec.sysctls = vec![("../../x".into(), "1".into())]), ErrorKind::Invalid);
+    // Nothing of them is left.
+    let Ok(Answer::Processes(left)) = guest.call(Request::List) else { panic!("no list") };
+    assert!(left.iter().all(|process| process.container == "pod"), "{left:?}");
+    let gone = until(Duration::from_secs(5), || Some(()).filter(|()| guest.pod.exec(&["true"]).code == 0));
+    assert!(gone.is_some());
+}
