@@ -113,7 +113,7 @@ if [ "$where" != native ]; then
     run --timeout 60 -- sh -c 'echo last words; sleep 1; echo c >/proc/sysrq-trigger; sleep 1000' >"$work/out" 2>"$work/err"
     check "a host that crashes is 125" 125 $?
     check "what was said before is kept" "last words" "$(cat "$work/out")"
-    check "and the crash is shown" yes "$(grep -q 'sysrq' "$work/err" && echo yes)"
+    check "and the crash is shown" yes "$(grep -q 'Kernel panic.*sysrq' "$work/err" && echo yes)"
     gone "after a crash"
 
     # Several commands on one host

@@ -3,6 +3,7 @@
 import ctypes
 import fcntl
 import os
+import re
 import select
 import shlex
 import shutil
@@ -39,6 +40,17 @@ KERNEL_ARGUMENTS = (
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+# Lines of a log that are shown: its end, or from what killed the kernel on, whose stack trace is long.
+END_LINES = 25
+CRASH_LINES = 80
+CRASH = re.compile(r"Kernel panic|BUG:|Oops:|Internal error")
+
+
+def _end(lines):
+    crash = next((index for index, line in enumerate(lines) if CRASH.search(line)), len(lines))
+    return lines[max(0, min(crash, len(lines) - END_LINES)) :][:CRASH_LINES]
 
 
 @dataclass
@@ -196,7 +208,7 @@ class Machine:
             if name == "virtiofsd.log":
                 lines = [line for line in lines if "rror" in line]
             if lines:
-                text += f"\n--- {name} (end)\n" + "\n".join(lines[-25:])
+                text += f"\n--- {name} (end)\n" + "\n".join(_end(lines))
         return text
 
     def close(self):
