@@ -53,6 +53,9 @@ struct Container {
 #[derive(Debug)]
 struct Process {
     pid: i32,
+    /// The control connection that made it, and whether that is gone.
+    connection: u32,
+    orphaned: bool,
     life: Lifecycle,
     streams: Streams,
     /// Until its exec.
@@ -111,7 +114,7 @@ impl Containers {
             .containers
             .values_mut()
             .flat_map(|container| container.processes.values_mut())
-            .find(|p| p.pid == pid)
+            .find(|process| process.is(pid))
         else {
             return;
         };
@@ -121,10 +124,11 @@ impl Containers {
     /// A child of the agent has ended: one of these processes, or an orphan of one.
     pub(crate) fn reaped(&mut self, pid: i32, status: ExitStatus) {
         let found = self.containers.iter_mut().find_map(|(id, container)| {
-            let (name, process) = container.processes.iter_mut().find(|(_, process)| process.pid == pid)?;
+            let (name, process) = container.processes.iter_mut().find(|(_, process)| process.is(pid))?;
             process.take_reports(&mut self.replies);
             let next = process.life.exited(status, &mut self.replies);
             process.sync = None;
+            let next = if process.orphaned { Next::Forget } else { next };
             Some((id.clone(), name.clone(), next))
         });
         let Some((id, name, next)) = found else { return };
@@ -141,10 +145,21 @@ impl Containers {
         }
     }
 
-    /// A control connection is gone.
+    /// A control connection is gone. Nobody will start or delete the further processes that it has made: those that
+    /// do not run yet are killed, and each is forgotten at its end.
     pub(crate) fn forget_connection(&mut self, connection: u32) {
-        for process in self.containers.values_mut().flat_map(|container| container.processes.values_mut()) {
-            process.life.forget_connection(connection);
+        for container in self.containers.values_mut() {
+            container.processes.retain(|name, process| {
+                process.life.forget_connection(connection);
+                if name.is_empty() || process.connection != connection {
+                    return true;
+                }
+                process.orphaned = true;
+                if process.life.is_waiting() {
+                    let _ = sys::process::kill(process.pid, libc::SIGKILL);
+                }
+                !process.life.has_exited()
+            });
         }
     }
 
@@ -323,6 +338,11 @@ impl Container {
 }
 
 impl Process {
+    /// Whether this is the process with that PID now: the number of an ended one may be another's.
+    fn is(&self, pid: i32) -> bool {
+        self.pid == pid && !self.life.has_exited()
+    }
+
     fn public_pid(&self) -> u32 {
         self.pid.try_into().unwrap_or(0)
     }
@@ -385,7 +405,14 @@ fn fork(
             sys::process::exit(1)
         }
         Some(sys::process::Child { pid, pidfd }) => {
-            let process = Process { pid, life: Lifecycle::new(caller), streams, sync: Some(sync) };
+            let process = Process {
+                pid,
+                connection: caller.connection,
+                orphaned: false,
+                life: Lifecycle::new(caller),
+                streams,
+                sync: Some(sync),
+            };
             Ok((process, pidfd))
         }
     }

@@ -81,6 +81,11 @@ impl Lifecycle {
         matches!(self.state, State::Exited(_))
     }
 
+    /// It has not been let go yet.
+    pub(crate) fn is_waiting(&self) -> bool {
+        matches!(self.state, State::Creating { .. } | State::Created)
+    }
+
     /// The process is in its container, and alive as far as is known.
     pub(crate) fn is_in_place(&self) -> bool {
         matches!(self.state, State::Created | State::Starting { .. } | State::Running)

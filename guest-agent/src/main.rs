@@ -67,6 +67,8 @@ fn run() -> Result<(), StepError> {
     };
     // Behind the hello, which the host has work to do for; the first call is read when all is there.
     guest::mount_all()?;
+    // Containers without a network namespace of their own have the guest's.
+    sys::socket::loopback_up().doing(|| "Cannot set the loopback interface up")?;
     let (soft, hard) = DESCRIPTORS;
     setrlimit(Resource::RLIMIT_NOFILE, soft, hard).doing(|| "Cannot raise the limit of descriptors")?;
     Server::new(listeners, owner)?.run()
