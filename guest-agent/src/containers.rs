@@ -128,6 +128,7 @@ impl Containers {
             process.take_reports(&mut self.replies);
             let next = process.life.exited(status, &mut self.replies);
             process.sync = None;
+            process.streams.process_ended();
             let next = if process.orphaned { Next::Forget } else { next };
             Some((id.clone(), name.clone(), next))
         });

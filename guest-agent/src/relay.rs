@@ -1,8 +1,10 @@
 //! Moves the bytes of one direction of one stream, and no more of them than fit: what the receiver does not take stays
 //! with the sender, so a slow reader stops its writer and nobody else.
 
+use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
@@ -32,6 +34,10 @@ enum Stage {
     Ended,
 }
 
+/// When a source that is silent is at its end, once that is known. A terminal has no end as long as any process holds
+/// it: this one is set when the process whose terminal it is has ended.
+pub(crate) type LastWords = Rc<Cell<Option<Instant>>>;
+
 /// One direction of a stream.
 #[derive(Debug)]
 pub(crate) struct Relay {
@@ -41,6 +47,7 @@ pub(crate) struct Relay {
     /// Read and not written yet.
     pending: Vec<u8>,
     stage: Stage,
+    last_words: LastWords,
 }
 
 impl Relay {
@@ -54,13 +61,25 @@ impl Relay {
         Self::new(connection, terminal, AtEnd::TypeEndOfFile)
     }
 
-    /// From a process's output, or terminal, to a connection.
+    /// From a process's output to a connection.
     pub(crate) fn output(from: Rc<OwnedFd>, connection: Rc<OwnedFd>) -> Self {
         Self::new(from, connection, AtEnd::Close)
     }
 
+    /// From a process's terminal to a connection.
+    pub(crate) fn terminal_output(
+        terminal: Rc<OwnedFd>,
+        connection: Rc<OwnedFd>,
+        last_words: LastWords,
+    ) -> Self {
+        let mut relay = Self::output(terminal, connection);
+        relay.last_words = last_words;
+        relay
+    }
+
     fn new(from: Rc<OwnedFd>, to: Rc<OwnedFd>, at_end: AtEnd) -> Self {
-        Self { from, to, at_end, pending: Vec::new(), stage: Stage::Going }
+        let last_words = LastWords::default();
+        Self { from, to, at_end, pending: Vec::new(), stage: Stage::Going, last_words }
     }
 
     /// What to wait for: to take more, and meanwhile whether the receiver is gone; or to give what is pending.
@@ -70,6 +89,11 @@ impl Relay {
         } else {
             vec![(self.to.as_fd(), PollFlags::POLLOUT)]
         }
+    }
+
+    /// When to look again though nothing has come.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.last_words.get().filter(|_| self.stage == Stage::Going && self.pending.is_empty())
     }
 
     pub(crate) fn has_ended(&self) -> bool {
@@ -90,6 +114,9 @@ impl Relay {
                 Ok(()) | Err(_) => return self.abandon(),
             }
             match read(&self.from, buffer) {
+                Err(Errno::EAGAIN) if self.deadline().is_some_and(|end| Instant::now() >= end) => {
+                    self.drain()
+                }
                 Err(Errno::EAGAIN | Errno::EINTR) => return,
                 // A terminal whose last user is gone reports EIO, a connection that was reset its own error.
                 Ok(0) | Err(_) => self.drain(),
@@ -187,6 +214,28 @@ mod tests {
         write(&source, b"x").unwrap();
         relay.advance(&mut vec![0; CHUNK]);
         assert!(relay.has_ended());
+    }
+
+    #[test]
+    fn a_silent_source_ends_when_its_last_words_are_due() {
+        let (from, source) = pipe();
+        let (sink, to) = pipe();
+        let last_words = LastWords::default();
+        let mut relay = Relay::terminal_output(from, to, last_words.clone());
+        write(&source, b"last").unwrap();
+        relay.advance(&mut vec![0; CHUNK]);
+        assert!(!relay.has_ended() && relay.deadline().is_none());
+        last_words.set(Some(Instant::now() + std::time::Duration::from_secs(3600)));
+        relay.advance(&mut vec![0; CHUNK]);
+        assert!(!relay.has_ended() && relay.deadline().is_some());
+        last_words.set(Some(Instant::now()));
+        write(&source, b" words").unwrap();
+        relay.advance(&mut vec![0; CHUNK]);
+        relay.advance(&mut vec![0; CHUNK]);
+        assert!(relay.has_ended());
+        let mut said = [0; 16];
+        let length = read(&sink, &mut said).unwrap();
+        assert_eq!(&said[..length], b"last words");
     }
 
     #[test]

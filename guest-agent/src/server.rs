@@ -102,7 +102,8 @@ impl Server {
     fn wait(&self) -> Result<Vec<Source>, StepError> {
         let (mut fds, sources): (Vec<_>, Vec<_>) =
             self.waits_for().into_iter().map(|(fd, flags, source)| (PollFd::new(fd, flags), source)).unzip();
-        let timeout = self.stopping.map_or(PollTimeout::NONE, |deadline| {
+        let deadlines = self.relays.iter().filter_map(Relay::deadline).chain(self.stopping);
+        let timeout = deadlines.min().map_or(PollTimeout::NONE, |deadline| {
             let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
         });
@@ -254,6 +255,9 @@ impl Server {
     }
 
     fn sweep(&mut self) {
+        let now = Instant::now();
+        let due = self.relays.iter_mut().filter(|relay| relay.deadline().is_some_and(|end| now >= end));
+        due.for_each(|relay| relay.advance(&mut self.buffer));
         self.greetings.retain(Option::is_some);
         self.relays.retain(|relay| !relay.has_ended());
     }

@@ -4,6 +4,7 @@
 
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use krx_proto::{Stream, TerminalSize};
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
@@ -13,8 +14,11 @@ use nix::unistd::pipe2;
 use crate::child::ChildStdio;
 use crate::error::{Doing, StepError};
 use crate::process::ProcessPlan;
-use crate::relay::Relay;
+use crate::relay::{LastWords, Relay};
 use crate::sys;
+
+/// How long a terminal may take to deliver what was written to it.
+const LINGER: Duration = Duration::from_millis(100);
 
 /// What has not been taken yet.
 #[derive(Debug, Default)]
@@ -24,6 +28,7 @@ pub(crate) struct Streams {
     stderr: Option<OwnedFd>,
     /// Stays here while a connection has it, for the window size, and for a connection that follows the first.
     terminal: Option<Rc<OwnedFd>>,
+    last_words: LastWords,
 }
 
 impl Streams {
@@ -68,10 +73,15 @@ impl Streams {
                 let terminal = self.terminal.clone()?;
                 Some(vec![
                     Relay::terminal_input(connection.clone(), terminal.clone()),
-                    Relay::output(terminal, connection),
+                    Relay::terminal_output(terminal, connection, self.last_words.clone()),
                 ])
             }
         }
+    }
+
+    /// The process has ended. What it wrote may still be on its way through its terminal, which others may hold on to.
+    pub(crate) fn process_ended(&self) {
+        self.last_words.set(Some(Instant::now() + LINGER));
     }
 
     /// Sets the terminal's size. `None`: there is no terminal.
