@@ -49,10 +49,17 @@ pub(crate) enum CliError {
 }
 
 impl CliError {
+    /// The agent's own words: the guest is there and works.
+    pub(crate) fn is_answer(&self) -> bool {
+        matches!(self, Self::Call(CallError::Agent(_)))
+    }
+
     pub(crate) fn exit_code(&self) -> u8 {
         let agent = match self {
             Self::Call(CallError::Agent(error)) => Some(error),
-            Self::Pod(PodError::Create(CallError::Agent(error))) => Some(error),
+            Self::Pod(
+                PodError::Create(CallError::Agent(error)) | PodError::Start(CallError::Agent(error)),
+            ) => Some(error),
             Self::Interrupted(signal) => return 128 + signal,
             _ => None,
         };

@@ -1,5 +1,6 @@
 //! Words of the command line that are more than words: sizes, counts, signals, variables. Pure.
 
+use krx_sandbox::default_spec::MAX_HOSTNAME;
 use krx_vmm::config::{MemorySize, VcpuCount};
 use nix::sys::signal::Signal;
 
@@ -46,6 +47,16 @@ pub(crate) fn cpus(text: &str) -> Result<u32, CliError> {
     match checked {
         Some(count) => Ok(count.get().into()),
         None => usage(format!("CPUs `{text}` cannot be: give a whole number from 1 to {}", VcpuCount::MAX)),
+    }
+}
+
+/// A host name as Linux takes it.
+pub(crate) fn hostname(text: &str) -> Result<String, CliError> {
+    let fits = (1..=MAX_HOSTNAME).contains(&text.len()) && !text.contains(['\0', '\n', '/']);
+    if fits {
+        Ok(text.into())
+    } else {
+        usage(format!("Host name {text:?} cannot be: give 1 to {MAX_HOSTNAME} bytes without slashes"))
     }
 }
 

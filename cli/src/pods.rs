@@ -9,6 +9,7 @@ use krx_sandbox::agent::AgentClient;
 use krx_sandbox::process::Process;
 use krx_sandbox::state_dir::{Listed, PodPaths, PodState, StateRoot};
 use krx_sandbox::timings::Timings;
+use nix::sys::signal::Signal;
 
 use crate::args::{Exec, Kill, Ps};
 use crate::error::CliError;
@@ -20,13 +21,16 @@ pub(crate) fn exec(arguments: &Exec) -> Result<u8, CliError> {
     arguments.process.check()?;
     let (paths, state) = StateRoot::from_env().open(&arguments.name)?;
     let mut spec = ProcessSpec { args: arguments.command.clone(), ..state.process.clone() };
+    if arguments.process.user.is_some() {
+        state.exec.unbind(&mut spec);
+    }
     arguments.process.apply(&mut spec, &state.rootfs)?;
     let signals = Signals::watch()?;
+    signals.own();
     // The PID makes it unique among this host's, which are all that talk to the pod.
     let process = named(&paths, &state, &format!("exec-{}", process::id()))?;
     process.exec(spec.clone())?;
-    let status = attend(&process, &spec, &signals, &Arc::new(Timings::default()));
-    signals.ended();
+    let status = attend(&process, None, &spec, &signals, &Arc::new(Timings::default()));
     // Gone with its pod, if that has ended meanwhile.
     let _ = process.delete();
     Ok(status?.shell_code())
@@ -35,7 +39,14 @@ pub(crate) fn exec(arguments: &Exec) -> Result<u8, CliError> {
 pub(crate) fn kill(arguments: &Kill) -> Result<u8, CliError> {
     let signal = parse::signal(&arguments.signal)?;
     let (paths, state) = StateRoot::from_env().open(&arguments.name)?;
-    named(&paths, &state, "")?.kill(signal)?;
+    let killed = named(&paths, &state, "").and_then(|process| Ok(process.kill(signal)?));
+    match killed {
+        // A guest that does not do what it is told ends with its VM, and so with its process.
+        Err(error) if signal == Signal::SIGKILL as i32 && !error.is_answer() => {
+            StateRoot::from_env().kill_vmm(&arguments.name)?;
+        }
+        killed => killed?,
+    }
     Ok(0)
 }
 

@@ -1,14 +1,17 @@
 //! What `run` and `exec` have in common: a process made of options, brought to its end with its streams.
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
-use krx_proto::{ExitStatus, ProcessSpec};
+use krx_proto::{Capabilities, ExitStatus, ProcessSpec};
 use krx_sandbox::agent::CallError;
 use krx_sandbox::process::Process;
+use krx_sandbox::state_dir::ExecBase;
 use krx_sandbox::streams::{Copies, Ends};
 use krx_sandbox::timings::Timings;
 use krx_sandbox::user;
+use krx_sandbox::vmm_process::VmmProcess;
 
 use crate::args::ProcessOptions;
 use crate::error::CliError;
@@ -28,8 +31,9 @@ impl ProcessOptions {
         Ok(())
     }
 
-    /// Changes `spec` as the options say; names of users are looked up in `rootfs`.
-    pub(crate) fn apply(&self, spec: &mut ProcessSpec, rootfs: &std::path::Path) -> Result<(), CliError> {
+    /// Changes `spec` as the options say; names of users are looked up in `rootfs`. Returns what a later process of
+    /// another user starts from.
+    pub(crate) fn apply(&self, spec: &mut ProcessSpec, rootfs: &Path) -> Result<ExecBase, CliError> {
         for text in &self.env {
             if let Some(variable) = parse::variable(text, |name| std::env::var(name).ok())? {
                 parse::set_variable(&mut spec.env, variable);
@@ -38,16 +42,17 @@ impl ProcessOptions {
         if let Some(directory) = &self.workdir {
             spec.cwd.clone_from(directory);
         }
+        let capabilities = spec.capabilities;
         if let Some(text) = &self.user {
             spec.user = user::resolve(rootfs, text)?;
             if spec.user.uid != 0 {
-                // As execve of another user's program would: only what is inheritable stays.
-                if let Some(capabilities) = &mut spec.capabilities {
-                    (capabilities.effective, capabilities.permitted) = (0, 0);
-                }
+                // What Linux leaves of them when root becomes another user.
+                spec.capabilities = capabilities
+                    .map(|all| Capabilities { bounding: all.bounding, ..Capabilities::default() });
             }
         }
-        if !spec.env.iter().any(|variable| variable.starts_with("HOME=")) {
+        let default_home = !spec.env.iter().any(|variable| variable.starts_with("HOME="));
+        if default_home {
             let home = user::home(rootfs, spec.user.uid).unwrap_or_else(|| "/".into());
             spec.env.push(format!("HOME={home}"));
         }
@@ -56,13 +61,14 @@ impl ProcessOptions {
         }
         spec.stdin = self.interactive;
         spec.terminal = self.tty.then(terminal::size);
-        Ok(())
+        Ok(ExecBase { capabilities, default_home })
     }
 }
 
 /// Starts a created process and stays with it until it has ended and all its output is written.
 pub(crate) fn attend(
     process: &Process,
+    vmm: Option<Arc<VmmProcess>>,
     spec: &ProcessSpec,
     signals: &Signals,
     timings: &Arc<Timings>,
@@ -73,17 +79,23 @@ pub(crate) fn attend(
         error: spec.terminal.is_none().then(|| Box::new(io::stderr()) as _),
     };
     let copies = Copies::start(process, ends, timings)?;
+    signals.running(process, vmm);
     let raw = (spec.terminal.is_some() && spec.stdin).then(terminal::Raw::enter).transpose();
     // A terminal that cannot be set raw is used as it is.
-    let _raw = raw.ok().flatten();
-    signals.running(process);
-    process.start()?;
-    timings.mark("exec");
-    if spec.terminal.is_some() {
-        process.resize(terminal::size());
+    let raw = raw.ok().flatten();
+    let run = || -> Result<ExitStatus, CallError> {
+        process.start()?;
+        timings.mark("exec");
+        if spec.terminal.is_some() {
+            process.resize(terminal::size());
+        }
+        process.wait()
+    };
+    let status = run();
+    drop(raw);
+    signals.own();
+    if status.is_ok() {
+        copies.finish();
     }
-    let status = process.wait()?;
-    signals.ended();
-    copies.finish();
-    Ok(status)
+    status
 }

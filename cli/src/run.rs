@@ -7,7 +7,7 @@ use std::time::Duration;
 use krx_sandbox::artifacts::Artifacts;
 use krx_sandbox::container::Container;
 use krx_sandbox::pod::{Pod, PodConfig, PodError};
-use krx_sandbox::state_dir::StateRoot;
+use krx_sandbox::state_dir::{ExecBase, StateRoot};
 use krx_sandbox::timings::Timings;
 use krx_sandbox::volume::Volume;
 use krx_sandbox::{bundle, preflight};
@@ -35,9 +35,8 @@ pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
         (_, Some(signal)) => return Err(CliError::Interrupted(signal)),
         (pod, None) => pod?,
     };
-    let status =
-        attend(&pod.init(), &spec, &signals, &timings).map_err(|error| pod.explain(error, PodError::Create));
-    signals.ended();
+    let status = attend(&pod.init(), Some(pod.vmm()), &spec, &signals, &timings)
+        .map_err(|error| pod.explain(error, PodError::Start));
     if arguments.timings.is_some() {
         pod.collect_timings(&timings);
     }
@@ -49,7 +48,11 @@ pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
         Some(TimingsFormat::Json) => eprintln!("{}", timings.json()),
         None => {}
     }
-    Ok(status?.shell_code())
+    match (status, signals.interrupted()) {
+        // It came when the VM was up and the process was not yet there to take it.
+        (Err(_), Some(signal)) => Err(CliError::Interrupted(signal)),
+        (status, _) => Ok(status?.shell_code()),
+    }
 }
 
 /// All that can be known to be right or wrong before anything is started.
@@ -62,14 +65,15 @@ fn plan(arguments: &Run) -> Result<PodConfig, CliError> {
         let form = "1 to 76 letters, digits, dots, dashes and underscores, the first a letter, a digit or an underscore";
         return Err(CliError::Usage(format!("Name `{name}` cannot be: give {form}")));
     }
-    let container = container(arguments, &name)?;
+    let (container, exec) = container(arguments, &name)?;
     let artifacts = Artifacts::find(arguments.kernel.as_deref())?;
     let boot_timeout = boot_timeout()?;
     let console = arguments.console;
-    Ok(PodConfig { name, artifacts, vcpus, memory_mib, console, boot_timeout, container })
+    Ok(PodConfig { name, artifacts, vcpus, memory_mib, console, boot_timeout, container, exec })
 }
 
-fn container(arguments: &Run, name: &str) -> Result<Container, CliError> {
+/// The container, and what a further process in it starts from.
+fn container(arguments: &Run, name: &str) -> Result<(Container, ExecBase), CliError> {
     let mut container = match (&arguments.rootfs, &arguments.bundle) {
         (Some(rootfs), None) => Container::on_rootfs(name, rootfs)?,
         (None, Some(directory)) => bundle::read(name, directory)?,
@@ -99,12 +103,15 @@ fn container(arguments: &Run, name: &str) -> Result<Container, CliError> {
         options = &with_terminal;
         options.check()?;
     }
-    options.apply(&mut spec.process, &rootfs)?;
-    spec.root_readonly |= arguments.read_only;
+    let exec = options.apply(&mut spec.process, &rootfs)?;
     if let Some(hostname) = &arguments.hostname {
-        spec.hostname = Some(hostname.clone());
+        spec.hostname = Some(parse::hostname(hostname)?);
     }
-    Ok(container)
+    if arguments.read_only {
+        spec.root_readonly = true;
+    }
+    container.finish()?;
+    Ok((container, exec))
 }
 
 fn boot_timeout() -> Result<Duration, CliError> {

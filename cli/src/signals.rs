@@ -1,10 +1,13 @@
-//! Signals of the caller, on a thread: before there is a process they end the start, afterwards they are its.
+//! Signals of the caller, on a thread: before there is a process they end the start, then they are the process's, and
+//! once it has ended they end the waiting for the rest of its output.
 
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
+use krx_sandbox::agent::Pending;
 use krx_sandbox::process::Process;
 use krx_sandbox::vmm_process::VmmProcess;
 use nix::sys::signal::{SigSet, Signal};
@@ -13,16 +16,30 @@ use crate::terminal;
 
 const FORWARDED: [Signal; 6] =
     [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGUSR1, Signal::SIGUSR2];
+/// A guest that has not taken a signal for so long is not waited for when the next one comes.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Whom a signal concerns.
 #[derive(Debug, Default)]
 enum Target {
-    /// Nobody yet.
+    /// Nobody yet: it is noted, and the start given up at the next step.
     #[default]
-    None,
+    Start,
     /// A VM that boots: the start is given up by ending it.
     Booting(Arc<VmmProcess>),
-    Process(Process),
+    Process(Forwarding),
+    /// This program alone: it ends.
+    Own,
+}
+
+/// A process that gets the signals.
+#[derive(Debug)]
+struct Forwarding {
+    process: Process,
+    /// Its VM where that is ours.
+    vmm: Option<Arc<VmmProcess>>,
+    /// The last signal that was sent, and when.
+    last: Option<(Instant, Pending)>,
 }
 
 /// The signals' way to whom they concern.
@@ -50,18 +67,19 @@ impl Signals {
     }
 
     fn deliver(&self, signal: Signal) {
-        let target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
-        match (&*target, signal) {
-            (Target::Process(process), Signal::SIGWINCH) => process.resize(terminal::size()),
+        let mut target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = u8::try_from(signal as i32).unwrap_or(u8::MAX);
+        match (&mut *target, signal) {
+            (Target::Process(to), Signal::SIGWINCH) => to.process.resize(terminal::size()),
             (_, Signal::SIGWINCH) => {}
-            (Target::Process(process), signal) => process.forward(signal as i32),
-            (waiting, signal) => {
-                let number = u8::try_from(signal as i32).unwrap_or(u8::MAX);
+            (Target::Process(to), signal) => to.send(signal),
+            (Target::Start, _) => self.interrupted.store(number, Ordering::SeqCst),
+            (Target::Booting(vmm), _) => {
                 self.interrupted.store(number, Ordering::SeqCst);
-                if let Target::Booting(vmm) = waiting {
-                    vmm.kill();
-                }
+                vmm.kill();
             }
+            // What is left to be done is output that nobody may be reading. The VM, if it is ours, ends with us.
+            (Target::Own, _) => std::process::exit((128 + number).into()),
         }
     }
 
@@ -77,16 +95,28 @@ impl Signals {
         }
     }
 
-    pub(crate) fn running(&self, process: &Process) {
-        self.set(Target::Process(process.clone()));
+    /// From now on they are the process's; `vmm` is ended when the guest does not take them.
+    pub(crate) fn running(&self, process: &Process, vmm: Option<Arc<VmmProcess>>) {
+        self.set(Target::Process(Forwarding { process: process.clone(), vmm, last: None }));
     }
 
-    /// Nobody again: the process has ended, and what it held is to be let go.
-    pub(crate) fn ended(&self) {
-        self.set(Target::None);
+    /// From now on they end this program.
+    pub(crate) fn own(&self) {
+        self.set(Target::Own);
     }
 
     fn set(&self, target: Target) {
         *self.target.lock().unwrap_or_else(PoisonError::into_inner) = target;
+    }
+}
+
+impl Forwarding {
+    fn send(&mut self, signal: Signal) {
+        let ignored = self.last.as_ref().is_some_and(|(at, last)| at.elapsed() > PATIENCE && !last.is_over());
+        if ignored && let Some(vmm) = &self.vmm {
+            vmm.kill();
+        }
+        // One that is lost with the connection is lost with the process.
+        self.last = self.process.forward(signal as i32).ok().map(|sent| (Instant::now(), sent));
     }
 }

@@ -10,7 +10,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::mpsc::{self, RecvTimeoutError, TryRecvError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,10 @@ use std::os::fd::AsRawFd;
 
 /// How long an agent that already runs may take to answer a new connection.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a call over such a connection may take, if it does not wait for a process's end.
+const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// Longest message of the agent that is shown, in bytes.
+const MAX_MESSAGE: usize = 4096;
 /// Longest line `OK port\n` by which the VMM says that the guest accepted a connection.
 const MAX_OK: usize = 32;
 
@@ -49,6 +54,8 @@ pub enum CallError {
     VmmEnded,
     #[error("The connection to the agent was lost")]
     Lost,
+    #[error("The agent did not answer within {0:?}: the guest hangs, or is not what it should be")]
+    NoAnswer(Duration),
     #[error("The call could not be sent")]
     Send(#[source] FrameError),
     #[error("The agent answered something else than was asked")]
@@ -64,11 +71,16 @@ pub struct AgentClient {
     next: AtomicU32,
     replies: Arc<Replies>,
     guest: GuestInfo,
+    /// For each call that is to be answered at once.
+    limit: Duration,
 }
 
 /// A call whose reply is on its way.
 #[derive(Debug)]
-pub struct Pending(mpsc::Receiver<Result<Answer, AgentError>>);
+pub struct Pending {
+    reply: mpsc::Receiver<Result<Answer, AgentError>>,
+    limit: Duration,
+}
 
 /// Who waits for which reply; `None` once the connection is gone.
 #[derive(Debug)]
@@ -77,12 +89,30 @@ struct Replies(Mutex<Option<Waiting>>);
 type Waiting = HashMap<u32, mpsc::Sender<Result<Answer, AgentError>>>;
 
 impl Pending {
-    /// Waits for the reply.
+    /// Waits for the reply. A guest that is silent for too long is broken, or worse.
+    ///
+    /// # Errors
+    /// What the agent says, its silence, or the loss of the connection.
+    pub fn answer(self) -> Result<Answer, CallError> {
+        let reply = self.reply.recv_timeout(self.limit).map_err(|error| match error {
+            RecvTimeoutError::Timeout => CallError::NoAnswer(self.limit),
+            RecvTimeoutError::Disconnected => CallError::Lost,
+        });
+        Ok(reply??)
+    }
+
+    /// Waits for the reply to a call that is answered when a process ends, however long that takes.
     ///
     /// # Errors
     /// What the agent says, or the loss of the connection.
-    pub fn answer(self) -> Result<Answer, CallError> {
-        Ok(self.0.recv().map_err(|_| CallError::Lost)??)
+    pub fn outcome(self) -> Result<Answer, CallError> {
+        Ok(self.reply.recv().map_err(|_| CallError::Lost)??)
+    }
+
+    /// Whether the reply has come, or never will.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        !matches!(self.reply.try_recv(), Err(TryRecvError::Empty))
     }
 
     /// Waits for a reply that has nothing to say.
@@ -98,8 +128,9 @@ impl Pending {
 }
 
 impl AgentClient {
-    /// Waits for the agent of a booting VM, which dials the host by itself. `vmm_ended` becomes readable when the
-    /// VMM ends: no need to wait longer then.
+    /// Waits for the agent of a booting VM, which dials the host by itself, twice `timeout`: until PID 1 runs the VMM
+    /// itself watches over the guest, for the first half. Later calls may take `timeout`. `vmm_ended` becomes readable
+    /// when the VMM ends: no need to wait longer then.
     ///
     /// # Errors
     /// The VMM's end, the deadline, a hello that is not one of this version.
@@ -108,6 +139,7 @@ impl AgentClient {
         vmm_ended: BorrowedFd<'_>,
         timeout: Duration,
     ) -> Result<Self, CallError> {
+        let (limit, timeout) = (timeout, timeout * 2);
         let deadline = Instant::now() + timeout;
         listener.set_nonblocking(true).map_err(|_| CallError::Lost)?;
         let socket = loop {
@@ -117,7 +149,7 @@ impl AgentClient {
                 accepted => break accepted.map_err(|_| CallError::Lost)?.0,
             }
         };
-        Self::greet(socket, Some(vmm_ended), deadline, timeout)
+        Self::greet(socket, Some(vmm_ended), deadline, timeout, limit)
     }
 
     /// Connects to the agent of a running pod.
@@ -129,7 +161,7 @@ impl AgentClient {
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         ready(socket.as_fd(), None, deadline, CONNECT_TIMEOUT)?;
         accepted(&socket, port::CONTROL)?;
-        Self::greet(socket, None, deadline, CONNECT_TIMEOUT)
+        Self::greet(socket, None, deadline, CONNECT_TIMEOUT, CALL_TIMEOUT)
     }
 
     /// What the guest says of itself.
@@ -150,7 +182,7 @@ impl AgentClient {
         let mut replies = self.replies.lock();
         replies.as_mut().ok_or(CallError::Lost)?.insert(number, sender);
         (&self.socket).write_all(&frame).map_err(|_| CallError::Lost)?;
-        Ok(Pending(receiver))
+        Ok(Pending { reply: receiver, limit: self.limit })
     }
 
     /// Reads the hello, then starts the thread that reads replies.
@@ -159,6 +191,7 @@ impl AgentClient {
         vmm_ended: Option<BorrowedFd<'_>>,
         deadline: Instant,
         timeout: Duration,
+        limit: Duration,
     ) -> Result<Self, CallError> {
         socket.set_nonblocking(true).map_err(|_| CallError::Lost)?;
         let mut received = Vec::new();
@@ -176,13 +209,15 @@ impl AgentClient {
             }
         };
         socket.set_nonblocking(false).map_err(|_| CallError::Lost)?;
+        // A guest that takes no calls must not hold up who makes them.
+        socket.set_write_timeout(Some(limit)).map_err(|_| CallError::Lost)?;
         let replies = Arc::new(Replies(Mutex::new(Some(HashMap::new()))));
         let (reader, handed) = (socket.try_clone().map_err(|_| CallError::Lost)?, replies.clone());
         thread::Builder::new()
             .name("agent-replies".into())
             .spawn(move || handed.read(&mut BufReader::new(Cursor::new(received).chain(reader))))
             .map_err(|_| CallError::Lost)?;
-        Ok(Self { socket, next: AtomicU32::new(1), replies, guest })
+        Ok(Self { socket, next: AtomicU32::new(1), replies, guest, limit })
     }
 }
 
@@ -204,10 +239,18 @@ impl Replies {
             let waiting = self.lock().as_mut().and_then(|replies| replies.remove(&number));
             let Some(waiting) = waiting else { break };
             // Nobody waits for the reply to, say, a forwarded signal.
-            let _ = waiting.send(result);
+            let _ = waiting.send(result.map_err(presentable));
         }
         *self.lock() = None;
     }
+}
+
+/// The agent's error as it may be shown: a guest has no business with the caller's terminal.
+fn presentable(mut error: AgentError) -> AgentError {
+    let end = (0..=MAX_MESSAGE.min(error.message.len())).rev().find(|at| error.message.is_char_boundary(*at));
+    error.message.truncate(end.unwrap_or(0));
+    error.message = error.message.replace(char::is_control, "?");
+    error
 }
 
 /// Opens a connection to a port of the guest. Bytes may be written at once, before the guest has accepted it.

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use krx_proto::{ContainerSpec, Mount, SHARE_PATH};
 use krx_vmm::config::ShareEntry;
 
-use crate::default_spec;
 use crate::volume::Volume;
+use crate::{default_spec, mount_points};
 
 /// Name in the share of the container's root.
 const ROOTFS: &str = "rootfs";
@@ -29,6 +29,15 @@ pub enum ContainerError {
     NotDirectory(PathBuf),
     #[error("{0} is mounted on twice")]
     Twice(String),
+    #[error(
+        "{path} is missing in the root file system {rootfs}, which is to be read-only, and cannot be made"
+    )]
+    MountPoint {
+        path: String,
+        rootfs: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// A container and what it needs of the host.
@@ -91,6 +100,39 @@ impl Container {
         Ok(())
     }
 
+    /// To be called when all mounts are known. A root that the container may not write is shared so that its guest
+    /// cannot either; then the guest can make no mount points in it, and those that are missing are made here.
+    ///
+    /// # Errors
+    /// A mount point cannot be made.
+    pub fn finish(&mut self) -> Result<(), ContainerError> {
+        if !self.spec.root_readonly {
+            return Ok(());
+        }
+        let mounts = &self.spec.mounts;
+        let covered = |path: &str| mounts.iter().any(|mount| is_below(path, &mount.destination));
+        let places = mounts.iter().map(|mount| (&mount.destination, self.is_directory(mount)));
+        for (path, directory) in
+            places.chain([(&self.spec.process.cwd, true)]).filter(|(path, _)| !covered(path))
+        {
+            mount_points::make(self.rootfs(), path, directory).map_err(|source| {
+                ContainerError::MountPoint { path: path.clone(), rootfs: self.rootfs().into(), source }
+            })?;
+        }
+        if let Some(rootfs) = self.shared.first_mut() {
+            rootfs.read_only = true;
+        }
+        Ok(())
+    }
+
+    /// Whether `mount` shows a directory; all but files of the host do.
+    fn is_directory(&self, mount: &Mount) -> bool {
+        let name = mount.source.strip_prefix(SHARE_PATH).map(|name| name.trim_start_matches('/'));
+        let shared =
+            self.shared.iter().find(|entry| mount.kind == "bind" && Some(entry.name.as_str()) == name);
+        shared.is_none_or(|entry| entry.source.is_dir())
+    }
+
     /// The root file system on the host.
     #[must_use]
     pub fn rootfs(&self) -> &Path {
@@ -102,6 +144,11 @@ impl Container {
     pub fn shared(&self) -> &[ShareEntry] {
         &self.shared
     }
+}
+
+/// Whether `path` lies in the directory `above`.
+fn is_below(path: &str, above: &str) -> bool {
+    path.strip_prefix(above.trim_end_matches('/')).is_some_and(|rest| rest.len() > 1 && rest.starts_with('/'))
 }
 
 #[cfg(test)]
@@ -136,6 +183,24 @@ mod tests {
         let names: Vec<_> = container.shared().iter().map(|entry| entry.name.as_str()).collect();
         assert_eq!(names, ["rootfs", "volume-1", "volume-2"]);
         assert!(container.shared()[2].read_only);
+    }
+
+    #[test]
+    fn read_only_root_is_shared_read_only_with_its_mount_points() {
+        let scratch = Scratch::new("container");
+        let mut container = Container::on_rootfs("c", scratch.path()).unwrap();
+        let file = scratch.write("file", b"");
+        let of =
+            |destination: &str, source: &Path| Volume { source: source.into(), ..volume(destination, false) };
+        container.add_volumes(vec![of("/data/in", Path::new("/tmp")), of("/etc/one", &file)]).unwrap();
+        container.finish().unwrap();
+        assert!(!container.shared()[0].read_only && !scratch.path().join("data").exists());
+        container.spec.root_readonly = true;
+        container.finish().unwrap();
+        assert!(container.shared()[0].read_only && !container.shared()[1].read_only);
+        assert!(scratch.path().join("data/in").is_dir() && scratch.path().join("etc/one").is_file());
+        // Covered by the file system on /dev.
+        assert!(scratch.path().join("dev").is_dir() && !scratch.path().join("dev/pts").exists());
     }
 
     #[test]

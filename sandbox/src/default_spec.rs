@@ -11,6 +11,9 @@ const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 /// `RLIMIT_NOFILE` of the Linux x86-64 ABI.
 const RLIMIT_NOFILE: u32 = 7;
 
+/// Longest host name: `HOST_NAME_MAX` of Linux.
+pub const MAX_HOSTNAME: usize = 64;
+
 /// Destination, type, source and options of each default mount.
 const MOUNTS: [(&str, &str, &str, &[&str]); 7] = [
     ("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
@@ -49,7 +52,7 @@ const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys",
 pub fn container(name: &str) -> ContainerSpec {
     ContainerSpec {
         id: name.into(),
-        hostname: Some(name.into()),
+        hostname: Some(hostname(name).into()),
         namespaces: vec![Namespace::Pid, Namespace::Ipc, Namespace::Uts, Namespace::Cgroup],
         mounts: MOUNTS.iter().map(mount).collect(),
         masked_paths: MASKED.map(String::from).into(),
@@ -57,6 +60,11 @@ pub fn container(name: &str) -> ContainerSpec {
         process: process(),
         ..ContainerSpec::default()
     }
+}
+
+/// The pod's name as a host name: as much of it as that may be.
+fn hostname(name: &str) -> &str {
+    name.get(..MAX_HOSTNAME).unwrap_or(name)
 }
 
 fn mount((destination, kind, source, options): &(&str, &str, &str, &[&str])) -> Mount {

@@ -1,37 +1,39 @@
 //! Reads files that strangers wrote: a bundle's configuration, an image's `/etc/passwd`.
 //!
 //! A path inside a root file system is resolved with that as its limit, so that no link leads out of it; only regular
-//! files are read (a FIFO would hang, a device do worse), and only so much of them.
+//! files are opened (a FIFO would hang, the mere opening of a device may do worse), and only so much of them is read.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
+use nix::sys::stat::{Mode, SFlag, fstat};
 
 use crate::state_dir::read_capped;
 
-/// What is opened: never waits for a writer, never becomes a terminal of ours.
-const FLAGS: OFlag = OFlag::O_RDONLY.union(OFlag::O_CLOEXEC).union(OFlag::O_NONBLOCK).union(OFlag::O_NOCTTY);
+/// Finds a file without opening it.
+const FIND: OFlag = OFlag::O_PATH.union(OFlag::O_CLOEXEC);
 
 /// Reads a regular file of at most `limit` bytes.
 pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
-    regular(File::from(nix::fcntl::open(path, FLAGS, nix::sys::stat::Mode::empty())?), limit)
+    regular(&open(path, FIND, Mode::empty())?, limit)
 }
 
 /// Reads the file that a process with `root` as its root directory would find at `path`.
 pub(crate) fn read_in_root(root: &Path, path: &str, limit: u64) -> io::Result<Vec<u8>> {
     let root = File::open(root)?;
     let resolve = ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS;
-    regular(File::from(openat2(root.as_fd(), path, OpenHow::new().flags(FLAGS).resolve(resolve))?), limit)
+    regular(&openat2(root.as_fd(), path, OpenHow::new().flags(FIND).resolve(resolve))?, limit)
 }
 
-fn regular(file: File, limit: u64) -> io::Result<Vec<u8>> {
-    if !file.metadata()?.is_file() {
+fn regular(found: &OwnedFd, limit: u64) -> io::Result<Vec<u8>> {
+    if SFlag::from_bits_truncate(fstat(found)?.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "Not a regular file"));
     }
-    read_capped(file, limit)
+    // The very file that was looked at, whatever its name leads to by now.
+    read_capped(File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))?, limit)
 }
 
 #[cfg(test)]
@@ -66,5 +68,16 @@ mod tests {
         let fifo = scratch.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
         assert!(read(&fifo, 100).is_err());
+    }
+
+    #[test]
+    fn devices_are_not_even_opened() {
+        let scratch = Scratch::new("image");
+        let node = scratch.path().join("passwd");
+        // A number that no driver has: to open it would say so (ENXIO). Only root can make one.
+        let number = nix::sys::stat::makedev(511, 1);
+        if nix::sys::stat::mknod(&node, SFlag::S_IFCHR, Mode::S_IRWXU, number).is_ok() {
+            assert_eq!(read(&node, 100).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        }
     }
 }

@@ -16,6 +16,7 @@ pub mod capability;
 pub mod container;
 pub mod default_spec;
 mod image_file;
+mod mount_points;
 pub mod pod;
 pub mod preflight;
 pub mod process;

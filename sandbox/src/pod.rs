@@ -12,7 +12,7 @@ use crate::agent::{AgentClient, CallError};
 use crate::artifacts::Artifacts;
 use crate::container::Container;
 use crate::process::Process;
-use crate::state_dir::{PodPaths, PodState, StateDir, StateError, StateRoot};
+use crate::state_dir::{ExecBase, PodPaths, PodState, StateDir, StateError, StateRoot};
 use crate::timings::Timings;
 use crate::vmm_process::{Launch, VmmError, VmmProcess};
 
@@ -45,6 +45,8 @@ pub enum PodError {
     },
     #[error("Agent does not make the container")]
     Create(#[source] CallError),
+    #[error("Container's process cannot be run")]
+    Start(#[source] CallError),
     #[error("VM ended while the container ran")]
     Lost(#[source] VmmError),
     /// The VM ran on, so it was the guest that broke the connection, or the rules of it.
@@ -61,9 +63,11 @@ pub struct PodConfig {
     pub memory_mib: u64,
     /// Shows the guest kernel's console on standard error.
     pub console: bool,
-    /// From the VMM's start to PID 1, and again as long until the agent's hello.
+    /// From the VMM's start to PID 1, again as long until the agent's hello, and then for each answer of the agent.
     pub boot_timeout: Duration,
     pub container: Container,
+    /// What `krx exec` starts from.
+    pub exec: ExecBase,
 }
 
 /// A running pod.
@@ -101,15 +105,19 @@ impl Pod {
         timings.mark("vmm spawned");
         let vmm = Arc::new(VmmProcess::spawn(launch).map_err(PodError::Spawn)?);
         spawned(&vmm);
-        let agent = AgentClient::accept(&listener, vmm.ended(), *boot_timeout)
-            .map_err(|what| PodError::Boot { verdict: boot_verdict(&vmm, &what), what })?;
-        timings.mark("agent ready");
-        let create = Request::Create(Box::new(container.spec.clone()));
-        let created = agent.send(create).and_then(|pending| pending.answer());
-        created.map_err(|error| lost(&vmm, error, PodError::Create))?;
-        timings.mark("container created");
-        let state = state(&config, &vmm);
-        directory.publish(&state).map_err(PodError::State)?;
+        let up = || -> Result<AgentClient, PodError> {
+            let agent = AgentClient::accept(&listener, vmm.ended(), *boot_timeout)
+                .map_err(|what| PodError::Boot { verdict: boot_verdict(&vmm, &what), what })?;
+            timings.mark("agent ready");
+            let create = Request::Create(Box::new(container.spec.clone()));
+            let created = agent.send(create).and_then(|pending| pending.answer());
+            created.map_err(|error| lost(&vmm, error, PodError::Create))?;
+            timings.mark("container created");
+            directory.publish(&state(&config, &vmm)).map_err(PodError::State)?;
+            Ok(agent)
+        };
+        // Others may hold the VMM, too: it has to be gone before its directory is, which may be another pod's then.
+        let agent = up().inspect_err(|_| vmm.kill_and_wait())?;
         Ok(Self { agent: Arc::new(agent), vmm, directory, container: container.spec.id.clone() })
     }
 
@@ -117,6 +125,12 @@ impl Pod {
     #[must_use]
     pub fn init(&self) -> Process {
         Process::new(self.agent.clone(), self.directory.paths().vsock(), &self.container, "")
+    }
+
+    /// The pod's VMM.
+    #[must_use]
+    pub fn vmm(&self) -> Arc<VmmProcess> {
+        self.vmm.clone()
     }
 
     /// What the guest says of itself.
@@ -143,7 +157,7 @@ impl Pod {
     pub fn delete(self) {
         let asked = self.agent.send(Request::Shutdown).is_ok();
         if !asked || self.vmm.wait(POWER_OFF).is_none() {
-            self.vmm.terminate();
+            self.vmm.kill_and_wait();
         }
     }
 }
@@ -177,6 +191,7 @@ fn state(config: &PodConfig, vmm: &VmmProcess) -> PodState {
         rootfs: config.container.rootfs().into(),
         container: config.container.spec.id.clone(),
         process: config.container.spec.process.clone(),
+        exec: config.exec,
     }
 }
 

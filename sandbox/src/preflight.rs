@@ -4,9 +4,9 @@
 //! kept in the state directory. [`check_host`] asks everything anew, for `krx doctor`. Facts are read in one place and
 //! judged by functions that are given text.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::Write;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use krx_vmm::kvm::probe::{self, ProbeError, Verdict};
@@ -155,7 +155,7 @@ fn keep(path: &PathBuf, answer: &Answer) {
     let new = path.with_extension(std::process::id().to_string());
     let written = || -> std::io::Result<()> {
         if let Some(directory) = path.parent() {
-            fs::create_dir_all(directory)?;
+            DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
         }
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
         file.write_all(&serde_json::to_vec(answer)?)?;

@@ -8,7 +8,7 @@ use krx_proto::{
     Answer, ExitStatus, ProcessSpec, Request, Stream, StreamHello, TerminalSize, port, write_frame,
 };
 
-use crate::agent::{AgentClient, CallError, accepted, dial};
+use crate::agent::{AgentClient, CallError, Pending, accepted, dial};
 
 /// A process in a container of a pod.
 #[derive(Debug, Clone)]
@@ -61,16 +61,19 @@ impl Process {
     /// The agent is gone.
     pub fn wait(&self) -> Result<ExitStatus, CallError> {
         let (container, process) = (self.container.clone(), self.process.clone());
-        match self.agent.send(Request::Wait { container, process })?.answer()? {
+        match self.agent.send(Request::Wait { container, process })?.outcome()? {
             Answer::Exited(status) => Ok(status),
             _ => Err(CallError::Unexpected),
         }
     }
 
     /// Sends it a signal without waiting for the agent's reply: it may be about to end.
-    pub fn forward(&self, signal: i32) {
+    ///
+    /// # Errors
+    /// The agent is gone.
+    pub fn forward(&self, signal: i32) -> Result<Pending, CallError> {
         let (container, process) = (self.container.clone(), self.process.clone());
-        let _ = self.agent.send(Request::Signal { container, process, signal, all: false });
+        self.agent.send(Request::Signal { container, process, signal, all: false })
     }
 
     /// Sends it a signal.

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use std::{env, process, thread};
 
-use krx_proto::{ProcessSpec, port, validate_id};
+use krx_proto::{Capabilities, ProcessSpec, port, validate_id};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::kill;
@@ -38,7 +38,7 @@ pub enum StateError {
     #[error("{0:?} cannot name a pod: use 1 to 76 of A-Z a-z 0-9 _ . - and start with none of . -")]
     Name(String),
     #[error(
-        "The name {name} is in use: process {holder} runs a pod by that name. Choose another --name, or end it with `krx kill {name}`"
+        "The name {name} is in use: process {holder} runs a pod by that name. Choose another --name, or end it with `krx kill -s KILL {name}`"
     )]
     InUse { name: String, holder: u32 },
     #[error("No pod named {0} is running. `krx ps` lists those that are")]
@@ -75,6 +75,26 @@ pub struct PodState {
     pub container: String,
     /// The container's first process; `krx exec` starts from its environment, user and capabilities.
     pub process: ProcessSpec,
+    pub exec: ExecBase,
+}
+
+/// What a further process of another user than the first one's starts from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecBase {
+    /// The container's capabilities, whoever its first process runs as.
+    pub capabilities: Option<Capabilities>,
+    /// Nobody gave a HOME: it is the user's.
+    pub default_home: bool,
+}
+
+impl ExecBase {
+    /// Takes from `process` what it has by its user.
+    pub fn unbind(&self, process: &mut ProcessSpec) {
+        process.capabilities = self.capabilities;
+        if self.default_home {
+            process.env.retain(|variable| !variable.starts_with("HOME="));
+        }
+    }
 }
 
 /// One line of a listing.
@@ -210,6 +230,21 @@ impl StateRoot {
             Ok(Some(_)) => Err(StateError::Starting(name.into())),
             Ok(None) => Err(StateError::NotFound(name.into())),
             Err(error) => Err(error),
+        }
+    }
+
+    /// Kills a pod's VMM.
+    ///
+    /// # Errors
+    /// No such pod, or one that has not got its container yet; the kernel refuses.
+    pub fn kill_vmm(&self, name: &str) -> Result<(), StateError> {
+        let path = self.pod(name)?;
+        let (_, state) = self.open(name)?;
+        let failed = |error: Errno| StateError::Io { path: path.clone(), source: error.into() };
+        let pid = i32::try_from(state.vmm_pid).map(Pid::from_raw).map_err(|_| failed(Errno::ESRCH))?;
+        match kill(pid, nix::sys::signal::SIGKILL) {
+            Err(Errno::ESRCH) => Ok(()),
+            result => result.map_err(failed),
         }
     }
 
@@ -377,7 +412,18 @@ mod tests {
             rootfs: "/r".into(),
             container: name.into(),
             process: ProcessSpec::default(),
+            exec: ExecBase::default(),
         }
+    }
+
+    #[test]
+    fn another_user_starts_from_the_containers_own() {
+        let all = Capabilities { bounding: 7, effective: 7, permitted: 7, ..Capabilities::default() };
+        let base = ExecBase { capabilities: Some(all), default_home: true };
+        let mut process =
+            ProcessSpec { env: vec!["HOME=/srv".into(), "A=b".into()], ..ProcessSpec::default() };
+        base.unbind(&mut process);
+        assert_eq!((process.capabilities, process.env), (Some(all), vec!["A=b".into()]));
     }
 
     #[test]

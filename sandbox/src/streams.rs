@@ -8,6 +8,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use krx_proto::Stream;
 
@@ -17,6 +18,8 @@ use crate::timings::Timings;
 
 /// What one copy step moves: a pipe's capacity.
 const BUFFER: usize = 64 << 10;
+/// How long to wait for a stream in non-blocking mode.
+const BLOCKED: Duration = Duration::from_millis(10);
 
 /// Where the streams of a process come from and go to.
 pub struct Ends {
@@ -109,13 +112,38 @@ fn copy(from: &mut impl Read, to: &mut impl Write, mut moved: impl FnMut()) -> i
         match from.read(&mut buffer) {
             Ok(0) => return Ok(()),
             Ok(count) => {
-                to.write_all(&buffer[..count])?;
-                to.flush()?;
+                write_all(to, &buffer[..count])?;
                 moved();
             }
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+            Err(error) => retry(error)?,
         }
+    }
+}
+
+fn write_all(to: &mut impl Write, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match to.write(bytes) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(count) => bytes = &bytes[count..],
+            Err(error) => retry(error)?,
+        }
+    }
+    while let Err(error) = to.flush() {
+        retry(error)?;
+    }
+    Ok(())
+}
+
+/// Errors that mean "again". The caller's streams may be in non-blocking mode, which another program sharing them has
+/// set: then one waits, as nobody else will.
+fn retry(error: io::Error) -> io::Result<()> {
+    match error.kind() {
+        ErrorKind::Interrupted => Ok(()),
+        ErrorKind::WouldBlock => {
+            thread::sleep(BLOCKED);
+            Ok(())
+        }
+        _ => Err(error),
     }
 }
 
@@ -168,6 +196,39 @@ mod tests {
         });
         assert!(refused.is_some());
         thread.join().unwrap();
+    }
+
+    #[test]
+    fn non_blocking_streams_are_waited_for() {
+        struct Slow(usize, Vec<u8>);
+        impl Slow {
+            fn turn(&mut self) -> io::Result<()> {
+                self.0 += 1;
+                if self.0 % 2 == 1 { Err(ErrorKind::WouldBlock.into()) } else { Ok(()) }
+            }
+        }
+        impl Read for Slow {
+            fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+                self.turn()?;
+                let count = self.1.len().min(buffer.len()).min(3);
+                buffer[..count].copy_from_slice(&self.1[..count]);
+                self.1.drain(..count);
+                Ok(count)
+            }
+        }
+        impl Write for Slow {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.turn()?;
+                self.1.extend_from_slice(&bytes[..2.min(bytes.len())]);
+                Ok(2.min(bytes.len()))
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let mut sink = Slow(0, Vec::new());
+        copy(&mut Slow(0, b"seven bytes".to_vec()), &mut sink, || ()).unwrap();
+        assert_eq!(sink.1, b"seven bytes");
     }
 
     #[test]

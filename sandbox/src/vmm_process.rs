@@ -94,6 +94,7 @@ impl fmt::Display for VmmExit {
             Self::Code(5) => "The guest kernel panicked",
             Self::Code(6) => "The guest crashed",
             Self::Code(7) => "The VM was stopped",
+            Self::Code(8) => "The guest reset itself",
             Self::Code(code) => return write!(f, "The VMM failed with exit code {code}"),
             Self::Signal(signal) => return write!(f, "The VMM was killed by signal {signal}"),
         })
@@ -194,6 +195,13 @@ impl VmmProcess {
         self.signal(Signal::SIGKILL);
     }
 
+    /// Ends the VMM and waits until it is gone.
+    pub fn kill_and_wait(&self) {
+        self.kill();
+        // A killed process ends, unless it hangs in the kernel.
+        let _ = self.wait(CONTROL_TIMEOUT);
+    }
+
     fn signal(&self, signal: Signal) {
         // Under the lock: while the end is not known, the child is not reaped and its PID is its own.
         if self.life.lock().is_none() {
@@ -286,8 +294,7 @@ impl VmmProcess {
 
 impl Drop for VmmProcess {
     fn drop(&mut self) {
-        self.kill();
-        let _ = self.wait(CONTROL_TIMEOUT);
+        self.kill_and_wait();
     }
 }
 
