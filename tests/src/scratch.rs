@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Under `/tmp`, so that socket paths stay short.
 #[derive(Debug)]
@@ -13,11 +12,8 @@ impl Scratch {
     /// When it cannot be made.
     #[must_use]
     pub fn new() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = PathBuf::from(format!("/tmp/krx-test-{}-{number}", std::process::id()));
-        fs::create_dir(&path).expect("scratch directory");
-        Self(path)
+        // Not of PIDs: those of an emulated host are those of the one before.
+        Self(nix::unistd::mkdtemp("/tmp/krx-test-XXXXXX").expect("scratch directory"))
     }
 
     #[must_use]

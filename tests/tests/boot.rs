@@ -2,12 +2,16 @@
 
 #![allow(clippy::tests_outside_test_module, reason = "an integration test is one")]
 
+use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tests::guest::{self, Mode};
-use tests::pod::{Ended, finish};
+use tests::pod::{Ended, finish, until};
 use tests::scratch::Scratch;
 use tests::{Host, host, image};
 
@@ -56,8 +60,14 @@ fn boots_a_bzimage() {
 #[test]
 fn memory_above_the_hole_is_used() {
     let Some(host) = host() else { return };
-    let more = json!({"initramfs": host.initramfs(), "cmdline": "-- exit-at-pid1", "memory_mib": 5120});
-    expect(&host.kernel(), &Scratch::new(), &host, more, "power-off", &[]);
+    let more = json!({"initramfs": host.initramfs(), "cmdline": "-- exit-at-pid1", "memory_mib": 5120, "console": true});
+    let ended = boot(&host, &Scratch::new(), &host.kernel(), more);
+    assert_eq!(ended.code, code("power-off"), "{ended:?}");
+    // Memory: 5080908K/5242492K available (...)
+    let line =
+        ended.err.lines().find(|line| line.contains("] Memory: ")).expect("the kernel tells its memory");
+    let total = line.split_once('/').and_then(|(_, rest)| rest.split_once('K')).expect("total").0;
+    assert!(total.parse::<u64>().is_ok_and(|kib| kib > 5100 << 10), "{line}");
 }
 
 #[test]
@@ -145,6 +155,32 @@ fn guests_that_never_reach_pid_1_time_out() {
         let more = json!({"boot_timeout_ms": 1000});
         expect(&kernel, &scratch, &host, more, "boot", &["boot timeout of 1 s"]);
     }
+}
+
+#[test]
+fn signals_stop_a_guest_that_cannot_be_asked() {
+    let Some(host) = host() else { return };
+    let scratch = Scratch::new();
+    let kernel = scratch.write("kernel", image::elf(2, image::SPIN, 4096));
+    let control = scratch.join("control");
+    let config =
+        json!({"kernel": kernel, "memory_mib": 64, "vcpus": 1, "boot_timeout_ms": 0, "control": control});
+    let config = scratch.write("config.json", config.to_string());
+    let mut vmm = Command::new(host.vmm());
+    let vmm = vmm.arg("--config").arg(config).stderr(Stdio::piped()).spawn().expect("krx-vmm");
+    until(Duration::from_secs(10), || UnixStream::connect(&control).ok()).expect("control socket");
+    kill(Pid::from_raw(i32::try_from(vmm.id()).expect("pid")), Signal::SIGTERM).expect("kill");
+    let ended = Ended::from(vmm.wait_with_output().expect("output"));
+    assert_eq!(ended.code, code("stopped"), "{ended:?}");
+    assert!(ended.err.contains("Stopped from outside"), "{ended:?}");
+    assert!(!control.exists(), "the control socket is left");
+}
+
+#[test]
+fn what_the_host_refuses_is_the_hosts() {
+    let Some(host) = host() else { return };
+    let nowhere = json!({"control": "/nonexistent/directory/control"});
+    expect(&host.kernel(), &Scratch::new(), &host, nowhere, "host", &["/nonexistent/directory/control"]);
 }
 
 #[test]

@@ -11,6 +11,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tests::guest::{self, Mode};
+use tests::image;
 use tests::pod::{Living, Place, finish, until};
 
 fn signal(pid: u32, signal: Signal) {
@@ -47,6 +48,7 @@ fn nothing_is_left_when_both_are_killed_and_the_next_command_comes() {
     signal(pod.child.id(), Signal::SIGKILL);
     kill(Pid::from_raw(vmm), Signal::SIGKILL).expect("kill");
     pod.child.wait().expect("wait");
+    until(Duration::from_secs(10), || kill(Pid::from_raw(vmm), None).err()).expect("the VMM ends");
     finish(&mut place.krx(&["ps"]), b"").ok();
     place.assert_clean();
 }
@@ -119,13 +121,15 @@ fn shutdown_request_is_orderly() {
 #[test]
 fn guests_that_do_not_play_along_cost_a_clear_error() {
     let Some(place) = Place::new() else { return };
-    let cases: [(Mode, &[&str]); 6] = [
+    let cases: [(Mode, &[&str]); 8] = [
         (Mode::Exit, &["panicked", "kill init"]),
         (Mode::Silent, &["did not say hello", "kernel log ends with"]),
         (Mode::Version, &["version 2 of the protocol"]),
         (Mode::Huge, &["hello"]),
         (Mode::Garbage, &["hello"]),
         (Mode::Liar, &["onnection to the agent was lost"]),
+        (Mode::Mute, &["did not answer within"]),
+        (Mode::Redial, &["onnection to the agent was lost"]),
     ];
     for (mode, words) in cases {
         let initramfs = guest::initramfs(&place.host, &place.scratch, mode);
@@ -147,5 +151,52 @@ fn many_starts_in_a_row_leave_nothing() {
         let ended = place.sh(&["--name", "again"], &format!("echo {number}")).ok();
         assert_eq!(ended.out, format!("{number}\n"));
     }
+    place.assert_clean();
+}
+
+#[test]
+fn kernels_that_hang_or_crash_cost_a_clear_error() {
+    let Some(place) = Place::new() else { return };
+    let cases = [
+        ("spin", image::SPIN, "did not boot in time"),
+        ("halt", image::HALT, "did not boot in time"),
+        ("crash", image::TRIPLE_FAULT, "guest crashed"),
+        ("reset", image::RESET, "guest reset itself"),
+    ];
+    for (name, code, word) in cases {
+        let kernel = place.scratch.write(name, image::elf(2, code, 4096));
+        let mut command = place.run(&["--kernel", &kernel.to_string_lossy()], &["true"]);
+        let ended = finish(command.env("KRX_BOOT_TIMEOUT", "2"), b"");
+        assert_eq!(ended.code, 125, "{name}: {ended:?}");
+        assert!(ended.err.contains(word), "{name}: no `{word}` in {}", ended.err);
+        place.assert_clean();
+    }
+}
+
+#[test]
+fn pod_whose_guest_stands_still_can_be_killed() {
+    let Some(place) = Place::new() else { return };
+    let mut pod = place.living("web");
+    assert!(control(&pod, r#"{"request":"pause"}"#).contains("ok"));
+    let ended = finish(&mut place.krx(&["kill", "-s", "KILL", "web"]), b"");
+    assert_eq!(ended.code, 0, "{ended:?}");
+    let status = until(Duration::from_secs(30), || pod.child.try_wait().expect("wait")).expect("krx ends");
+    assert_eq!(status.code(), Some(125), "{status:?}");
+    place.assert_clean();
+}
+
+#[test]
+fn one_of_two_starts_gets_the_name() {
+    let Some(place) = Place::new() else { return };
+    let start = || {
+        let mut command = place.run(&["--name", "one"], &["sh", "-c", "sleep 2; echo ran"]);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("krx")
+    };
+    let ends: Vec<_> = [start(), start()].map(|krx| krx.wait_with_output().expect("output")).into();
+    let mut codes: Vec<_> = ends.iter().map(|end| end.status.code().expect("code")).collect();
+    codes.sort_unstable();
+    assert_eq!(codes, [0, 125], "{ends:?}");
+    let loser = ends.iter().find(|end| !end.status.success()).expect("one");
+    assert!(String::from_utf8_lossy(&loser.stderr).contains("is in use"), "{loser:?}");
     place.assert_clean();
 }

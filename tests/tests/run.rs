@@ -166,7 +166,8 @@ fn bad_input_is_refused_before_anything_starts() {
     let Some(place) = Place::new() else { return };
     let root = place.host.rootfs();
     let root = root.to_string_lossy();
-    let cases: [(&[&str], &str); 14] = [
+    let long = "h".repeat(65);
+    let cases: [(&[&str], &str); 17] = [
         (&["--rootfs", "/nonexistent", "--", "true"], "/nonexistent"),
         (&["--rootfs", "/etc/passwd", "--", "true"], "/etc/passwd"),
         (&["--bundle", "/nonexistent"], "/nonexistent"),
@@ -180,6 +181,9 @@ fn bad_input_is_refused_before_anything_starts() {
         (&["--rootfs", &root, "-v", "/tmp:data", "--", "true"], "data"),
         (&["--rootfs", &root, "--kernel", "/nonexistent", "--", "true"], "/nonexistent"),
         (&["--rootfs", &root, "--name", "../x", "--", "true"], "../x"),
+        (&["--rootfs", &root, "--hostname", &long, "--", "true"], "Host name"),
+        (&["--rootfs", &root, "--hostname", "", "--", "true"], "Host name"),
+        (&["--rootfs", &root, "-u", "no-such-user", "--", "true"], "no-such-user"),
         (&["--rootfs", &root, "--colour", "--", "true"], "--colour"),
     ];
     for (arguments, word) in cases {
@@ -190,4 +194,92 @@ fn bad_input_is_refused_before_anything_starts() {
         assert!(!ended.err.contains("panicked at"), "{ended:?}");
     }
     place.assert_clean();
+}
+
+#[test]
+fn processes_of_a_container_talk_over_loopback() {
+    let Some(place) = Place::new() else { return };
+    let script = "\
+import socket
+for family, address in ((socket.AF_INET, '127.0.0.1'), (socket.AF_INET6, '::1')):
+    server = socket.create_server((address, 0), family=family)
+    client = socket.create_connection(server.getsockname()[:2])
+    client.sendall(b'hello')
+    print(server.accept()[0].recv(5).decode())
+";
+    let ended = finish(&mut place.run(&[], &["python3", "-c", script]), b"").ok();
+    assert_eq!(ended.out, "hello\nhello\n");
+}
+
+#[test]
+fn read_only_root_is_read_only_for_the_whole_guest() {
+    let Some(place) = Place::new() else { return };
+    let data = place.scratch.join("data");
+    std::fs::create_dir(&data).expect("data");
+    let volume = format!("{}:/mnt", data.display());
+    let mut command = place.run(
+        &["--read-only", "--name", "fixed", "-v", &volume],
+        &["sh", "-c", "touch /x 2>/dev/null || echo refused; touch /mnt/x && echo written; exec sleep 60"],
+    );
+    let mut krx = command.stdout(Stdio::piped()).spawn().expect("krx");
+    let mut said = [0; 16];
+    std::io::Read::read_exact(krx.stdout.as_mut().expect("piped"), &mut said).expect("output");
+    assert_eq!(&said, b"refused\nwritten\n");
+    // Not by the guest's good will: the host's own mount of it is.
+    let mounts =
+        std::fs::read_to_string(format!("/proc/{}/mountinfo", place.vmm_pid("fixed"))).expect("mounts");
+    let root = mounts.lines().find(|line| line.contains("/share/rootfs ")).expect("root file system");
+    assert!(root.split(' ').nth(5).is_some_and(|options| options.starts_with("ro,")), "{root}");
+    krx.kill().expect("kill");
+    krx.wait().expect("wait");
+    place.assert_clean();
+}
+
+#[test]
+fn exec_has_options_of_its_own() {
+    let Some(place) = Place::new() else { return };
+    let mut command = place.run(
+        &["--name", "web", "-u", "1234", "-e", "COLOUR=blue", "-w", "/tmp"],
+        &["sh", "-c", "echo up; exec sleep 3600"],
+    );
+    let mut krx = command.stdout(Stdio::piped()).spawn().expect("krx");
+    std::io::Read::read_exact(krx.stdout.as_mut().expect("piped"), &mut [0; 3]).expect("up");
+    let exec = |options: &[&str], script: &str, input: &[u8]| {
+        let arguments = [&["exec"], options, &["web", "sh", "-c", script]].concat();
+        finish(&mut place.krx(&arguments), input).ok().out
+    };
+    let facts = "id -u; pwd; echo $COLOUR $HOME; grep CapEff /proc/self/status";
+    assert_eq!(exec(&[], facts, b""), "1234\n/tmp\nblue /\nCapEff:\t0000000000000000\n");
+    let as_root = exec(&["-u", "0", "-w", "/etc", "-e", "COLOUR=red"], facts, b"");
+    assert_eq!(as_root, "0\n/etc\nred /root\nCapEff:\t00000000a80425fb\n");
+    assert_eq!(exec(&["-u", "daemon"], "id -u; id -g; echo $HOME", b""), "1\n1\n/usr/sbin\n");
+    assert_eq!(exec(&["-i"], "wc -c", b"12345"), "5\n");
+    let missing = finish(&mut place.krx(&["exec", "web", "no-such-program"]), b"");
+    assert_eq!(missing.code, 127, "{missing:?}");
+    let listed = finish(&mut place.krx(&["ps", "--json"]), b"").ok();
+    let listed: serde_json::Value = serde_json::from_str(&listed.out).expect("JSON");
+    assert_eq!(listed[0]["name"], "web");
+    assert_eq!(listed[0]["memory_mib"], 256);
+    krx.kill().expect("kill");
+    krx.wait().expect("wait");
+    place.assert_clean();
+}
+
+#[test]
+fn longest_name_is_a_host_name_as_far_as_it_fits() {
+    let Some(place) = Place::new() else { return };
+    // As long as the socket paths allow below a short directory.
+    let name = "n".repeat(68);
+    let mut command = place.run(&["--name", &name], &["hostname"]);
+    let ended = finish(command.env("KRX_STATE_DIR", place.scratch.join("s")), b"").ok();
+    assert_eq!(ended.out.trim(), &name[..64]);
+}
+
+#[test]
+fn kernel_of_ones_own_is_booted() {
+    let Some(place) = Place::new() else { return };
+    let kernel = place.host.bzimage();
+    let ended = place.sh(&["--kernel", &kernel.to_string_lossy(), "--console"], "uname -r").ok();
+    assert!(ended.out.ends_with("-krx\n"), "{ended:?}");
+    assert!(ended.err.contains("Linux version"), "{ended:?}");
 }
