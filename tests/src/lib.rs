@@ -27,7 +27,8 @@ pub struct Host {
 pub fn host() -> Option<Host> {
     let verdict = probe::open().and_then(probe::examine).map(|facts| probe::judge(&facts));
     let reason = match verdict {
-        Ok(Verdict::RunsLinux { .. }) => return Some(Host::built()),
+        // Slow it may be: an emulated host is, beside other work.
+        Ok(Verdict::RunsLinux { .. } | Verdict::Slow { .. }) => return Some(Host::built()),
         Ok(_) => "this machine's KVM cannot run Linux".to_string(),
         Err(error) => krx_vmm::report::chain(&error),
     };

@@ -20,7 +20,7 @@ fn doctor(arguments: &[&str]) -> Ended {
 
 fn runs_linux() -> bool {
     let verdict = probe::open().and_then(probe::examine).map(|facts| probe::judge(&facts));
-    matches!(verdict, Ok(Verdict::RunsLinux { .. }))
+    matches!(verdict, Ok(Verdict::RunsLinux { .. } | Verdict::Slow { .. }))
 }
 
 #[test]
@@ -29,7 +29,7 @@ fn verdict_is_that_of_the_probe() {
     let report: Value = serde_json::from_str(&ended.out).expect("JSON");
     let checks = report["checks"].as_array().expect("checks");
     let kvm = checks.iter().find(|check| check["check"] == "kvm").expect("kvm");
-    assert_eq!(kvm["level"] == "ok", runs_linux(), "{kvm}");
+    assert_eq!(kvm["level"] != "error", runs_linux(), "{kvm}");
     assert_eq!(report["ok"] == true, ended.code == 0, "{ended:?}");
     for name in ["kvm", "privilege", "memory", "kernel", "cgroup", "tun"] {
         let check = checks.iter().find(|check| check["check"] == name).unwrap_or_else(|| panic!("no {name}"));
