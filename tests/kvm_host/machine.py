@@ -27,6 +27,11 @@ COVERED = ("/run/", "/dev/", "/proc/", "/sys/", "/var/run/")
 # -pku: with it TCG reports an inconsistent XSAVE size. -erms,-fsrm: TCG runs `rep movsb` bytewise.
 CPU = "max,+svm,-pku,-erms,-fsrm"
 
+# Translated code. When it is full, all of it is thrown away while the other CPU may be between its guest and the
+# host, which now and then ends one of the two: a guest that triple-faults, a host whose stack overflows. Twice
+# QEMU's default, and the most it takes, is not filled in ten minutes of booting guests.
+CODE_MIB = 2048
+
 # Pages are kept while a file's mtime and size stay what they are, and that is asked for again after a
 # second. virtiofsd's default, cache=auto, drops a file's pages whenever somebody opens it: then each
 # exec inside reads libc through the share again.
@@ -154,7 +159,7 @@ class Machine:
         if shape.icount:
             command += ["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]
         else:
-            command += ["-accel", "tcg,thread=multi", "-smp", str(shape.cpus)]
+            command += ["-accel", f"tcg,thread=multi,tb-size={CODE_MIB}", "-smp", str(shape.cpus)]
         command += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         command += ["-object", f"memory-backend-memfd,id=ram,size={shape.memory}M,share=on"]
         command += ["-numa", "node,memdev=ram"]
