@@ -15,7 +15,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::event_loop::{Stop, Subscriber, on_readable};
-use crate::kvm::vcpu::Vcpus;
+use crate::kvm::vcpu::{PAUSE_LIMIT, Vcpus};
 use crate::machine::Outcome;
 use crate::phase::{self, Reached};
 use crate::report;
@@ -161,7 +161,8 @@ fn answer(line: &[u8], handles: &Handles) -> Answer {
     };
     match request {
         Request::Pause => {
-            handles.with_vcpus(Vcpus::pause).map_or_else(not_started, |()| Answer::Ok("paused"))
+            let paused = |paused| if paused { Answer::Ok("paused") } else { not_paused() };
+            handles.with_vcpus(Vcpus::pause).map_or_else(not_started, paused)
         }
         Request::Resume => {
             handles.with_vcpus(Vcpus::resume).map_or_else(not_started, |()| Answer::Ok("running"))
@@ -175,6 +176,14 @@ fn answer(line: &[u8], handles: &Handles) -> Answer {
             Answer::Ok("shutting down")
         }
     }
+}
+
+fn not_paused() -> Answer {
+    let seconds = PAUSE_LIMIT.as_secs();
+    Answer::Error(format!(
+        "the guest runs on: another client resumed it, or a vCPU waits for the host and did not stop within {seconds} s; \
+         ask again"
+    ))
 }
 
 #[cfg(test)]

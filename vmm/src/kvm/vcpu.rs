@@ -10,7 +10,7 @@ use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{CpuId, Msrs, kvm_xcrs};
 use kvm_ioctls::VcpuFd;
@@ -27,6 +27,11 @@ use crate::phase::{self, Phase};
 /// How long a kicked vCPU may take to notice before it is kicked again: a kick that comes between the check and
 /// the entry into the guest is lost.
 const KICK_INTERVAL: Duration = Duration::from_millis(1);
+/// How long a vCPU may take to leave what it does. It may be in a device that waits for the event loop, or for a file
+/// system of the host, and no kick ends that: a guest that resets its devices without end must not hold the VMM's end,
+/// nor a client that asked for a pause.
+const STOP_LIMIT: Duration = Duration::from_secs(1);
+pub const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 
 /// CPUID leaf of the extended states, and the bits of XCR0 every processor with XSAVE may set.
 const LEAF_XSTATE: u32 = 0xd;
@@ -99,6 +104,10 @@ struct Control {
 }
 
 impl Control {
+    fn new() -> Self {
+        Self { wanted: Mutex::new(Wanted::Run), changed: Condvar::new(), parked: AtomicUsize::new(0) }
+    }
+
     fn wanted(&self) -> MutexGuard<'_, Wanted> {
         self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -117,13 +126,8 @@ impl Vcpus {
     /// # Errors
     /// When the host cannot give a thread or a signal.
     pub fn start(vcpus: Vec<Vcpu>, buses: &Arc<Buses>, stop: &Stop<Outcome>) -> io::Result<Self> {
-        extern "C" fn interrupt_run(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-        register_signal_handler(SIGRTMIN(), interrupt_run).map_err(io::Error::from)?;
-        let control = Arc::new(Control {
-            wanted: Mutex::new(Wanted::Run),
-            changed: Condvar::new(),
-            parked: AtomicUsize::new(0),
-        });
+        hear_kicks()?;
+        let control = Arc::new(Control::new());
         let mut threads = Vec::with_capacity(vcpus.len());
         for vcpu in vcpus {
             let runner =
@@ -134,10 +138,20 @@ impl Vcpus {
         Ok(Self { control, threads })
     }
 
-    /// Stops the guest's time; returns when no vCPU is in the guest, or another has let it go on meanwhile.
-    pub fn pause(&self) {
+    /// Stops the guest's time. `false` if it runs on, all of it: a vCPU did not stop within [`PAUSE_LIMIT`], or another
+    /// has let it go on meanwhile.
+    #[must_use]
+    pub fn pause(&self) -> bool {
+        self.pause_within(PAUSE_LIMIT)
+    }
+
+    fn pause_within(&self, limit: Duration) -> bool {
         self.want(Wanted::Pause);
-        self.wait_until_parked(Wanted::Pause);
+        let paused = self.wait_until_parked(Wanted::Pause, limit);
+        if !paused {
+            self.want(Wanted::Run);
+        }
+        paused
     }
 
     /// Lets the guest go on.
@@ -151,10 +165,10 @@ impl Vcpus {
         *self.control.wanted() == Wanted::Pause
     }
 
-    /// Ends the vCPUs for good; returns when no vCPU is in the guest.
-    pub fn stop(&self) {
+    /// Ends the vCPUs for good; returns when no vCPU is in the guest, or after [`STOP_LIMIT`]. `true` if none is.
+    pub fn stop(&self) -> bool {
         self.want(Wanted::Stop);
-        self.wait_until_parked(Wanted::Stop);
+        self.wait_until_parked(Wanted::Stop, STOP_LIMIT)
     }
 
     fn want(&self, wanted: Wanted) {
@@ -167,16 +181,30 @@ impl Vcpus {
         self.control.changed.notify_all();
     }
 
-    fn wait_until_parked(&self, wanted: Wanted) {
-        let all = self.threads.len();
-        while self.control.parked.load(Ordering::SeqCst) < all && *self.control.wanted() == wanted {
+    /// Whether all vCPUs were parked within `limit`, with `wanted` still wanted.
+    fn wait_until_parked(&self, wanted: Wanted, limit: Duration) -> bool {
+        let (all, start) = (self.threads.len(), Instant::now());
+        while *self.control.wanted() == wanted {
+            if self.control.parked.load(Ordering::SeqCst) >= all {
+                return true;
+            }
+            if start.elapsed() >= limit {
+                return false;
+            }
             for thread in self.threads.iter().filter(|thread| !thread.is_finished()) {
                 // A thread that has ended meanwhile needs no kick.
                 let _ = thread.kill(SIGRTMIN());
             }
             thread::sleep(KICK_INTERVAL);
         }
+        false
     }
+}
+
+/// Lets the kick interrupt `KVM_RUN`, and do nothing else.
+fn hear_kicks() -> io::Result<()> {
+    extern "C" fn interrupt_run(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    register_signal_handler(SIGRTMIN(), interrupt_run).map_err(io::Error::from)
 }
 
 /// One vCPU on its thread.
@@ -246,5 +274,51 @@ impl Runner {
             .unwrap_or_else(PoisonError::into_inner);
         self.control.parked.fetch_sub(1, Ordering::SeqCst);
         if *wanted == Wanted::Run { State::Running } else { State::Finished }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// One vCPU whose thread is in a device and hears no kick, as long as the sender lives.
+    fn stuck() -> (Vcpus, mpsc::Sender<()>) {
+        hear_kicks().unwrap();
+        let control = Arc::new(Control::new());
+        let (release, held) = mpsc::channel::<()>();
+        let theirs = Arc::clone(&control);
+        let thread = thread::spawn(move || {
+            let _ = held.recv();
+            theirs.parked.fetch_add(1, Ordering::SeqCst);
+        });
+        (Vcpus { control, threads: vec![thread] }, release)
+    }
+
+    #[test]
+    fn stop_does_not_wait_for_a_vcpu_that_never_comes() {
+        let (vcpus, release) = stuck();
+        assert!(!vcpus.stop());
+        drop(release);
+        assert!(vcpus.stop());
+    }
+
+    #[test]
+    fn pause_that_fails_lets_the_guest_go_on() {
+        let (vcpus, release) = stuck();
+        assert!(!vcpus.pause_within(Duration::from_millis(20)));
+        assert!(!vcpus.paused());
+        drop(release);
+        assert!(vcpus.pause());
+        assert!(vcpus.paused());
+    }
+
+    #[test]
+    fn end_is_not_undone_by_a_pause_that_fails() {
+        let (vcpus, _release) = stuck();
+        assert!(!vcpus.stop());
+        assert!(!vcpus.pause_within(Duration::from_millis(20)));
+        assert_eq!(*vcpus.control.wanted(), Wanted::Stop);
     }
 }
