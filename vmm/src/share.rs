@@ -68,7 +68,8 @@ pub fn mount(share: &Share) -> Result<(), ShareError> {
     unshare(CloneFlags::CLONE_NEWNS).map_err(ShareError::Namespace)?;
     let failed = |source| ShareError::Root { root: share.root.clone(), source };
     let none = None::<&str>;
-    // A slave: what the host unmounts goes here, too, or the VMM would hold it; nothing travels the other way.
+    // A slave: what the host unmounts goes here, too, or the VMM would hold it; nothing travels the other way. The share
+    // itself is cut off below: a mount that came into it later would be writable, and honour device nodes.
     mount_at(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none).map_err(ShareError::Namespace)?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     mount_at(Some("krx"), &share.root, Some("tmpfs"), flags, Some(TREE_OPTIONS)).map_err(failed)?;
@@ -106,5 +107,74 @@ fn prepare_process() {
     umask(Mode::empty());
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::thread;
+
+    use vmm_sys_util::tempdir::TempDir;
+
+    use super::*;
+
+    const NONE: Option<&str> = None;
+
+    /// Options of the mount at `path` in the namespace of the calling thread.
+    fn options(path: &Path) -> Option<String> {
+        let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+        let fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+        let mut found = fields.filter(|fields| Path::new(fields[4]) == path);
+        found.next().map(|fields| fields[5..7].join(" "))
+    }
+
+    /// The host's side: its own namespace, with a shared tmpfs at `host` that has a mount in the volume.
+    fn make_host(host: &Path) -> nix::Result<()> {
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        mount_at(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE)?;
+        mount_at(Some("host"), host, Some("tmpfs"), MsFlags::empty(), NONE)?;
+        mount_at(NONE, host, NONE, MsFlags::MS_SHARED, NONE)?;
+        for place in ["share", "volume/early", "volume/late"] {
+            fs::create_dir_all(host.join(place)).unwrap();
+        }
+        mount_at(Some("early"), &host.join("volume/early"), Some("tmpfs"), MsFlags::empty(), NONE)
+    }
+
+    /// Needs root; a host that does not let it mount is as good as none.
+    #[test]
+    fn mounts_made_later_do_not_appear_in_the_share() {
+        let directory = TempDir::new().unwrap();
+        let host = directory.as_path().to_path_buf();
+        let test = move || {
+            if make_host(&host).is_err() {
+                eprintln!("SKIP: mounting needs root");
+                return;
+            }
+            let (built, wait_built) = mpsc::channel();
+            let (mounted, wait_mounted) = mpsc::channel();
+            let root = host.join("share");
+            let entry = ShareEntry { name: "volume".into(), source: host.join("volume"), read_only: true };
+            // A namespace is a thread's own, and a new thread has that of its parent.
+            let vmm = thread::spawn(move || {
+                mount(&Share { root: root.clone(), entries: vec![entry] }).unwrap();
+                built.send(()).unwrap();
+                wait_mounted.recv().unwrap();
+                ["", "volume", "volume/early", "volume/late"].map(|place| options(&root.join(place)))
+            });
+            wait_built.recv().unwrap();
+            let late = host.join("volume/late");
+            mount_at(Some("late"), &late, Some("tmpfs"), MsFlags::empty(), NONE).unwrap();
+            mounted.send(()).unwrap();
+            let [tree, volume, early, late] = vmm.join().unwrap();
+            // No optional field (`shared:`, `master:`) stands before the separator.
+            for options in [tree, volume, early] {
+                let options = options.unwrap();
+                assert!(options.starts_with("ro,nosuid,nodev,") && options.ends_with(" -"), "{options}");
+            }
+            assert_eq!(late, None);
+        };
+        // On a thread of its own: what it does to its namespace must not meet another test.
+        thread::spawn(test).join().unwrap();
     }
 }

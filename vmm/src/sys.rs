@@ -73,7 +73,8 @@ pub fn wait_readable(fds: [RawFd; 2]) -> io::Result<[bool; 2]> {
     }
 }
 
-/// How a mount is restricted, see mount_setattr(2). Device nodes and setuid bits are off in any case.
+/// How a mount is restricted, see mount_setattr(2). Device nodes and setuid bits are off in any case, and so is
+/// propagation: what comes later, by it, would come without these restrictions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MountAttributes {
     pub read_only: bool,
@@ -91,7 +92,8 @@ pub fn restrict_mount(path: &Path, attributes: MountAttributes) -> io::Result<()
     if attributes.read_only {
         attr_set |= libc::MOUNT_ATTR_RDONLY;
     }
-    let attributes_in = libc::mount_attr { attr_set, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    let attributes_in =
+        libc::mount_attr { attr_set, attr_clr: 0, propagation: libc::MS_PRIVATE, userns_fd: 0 };
     let flags = if attributes.recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is a NUL-terminated string and the structure is of the size given; both outlive the call, which
     // keeps neither.
