@@ -12,13 +12,16 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MsFlags, mount as mount_at};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::stat::{Mode, umask};
 
 use crate::config::{Share, ShareEntry};
 use crate::sys::{self, MountAttributes};
 
 /// The tree holds mount points only; what the guest tries to put there beside them has no room.
 const TREE_OPTIONS: &str = "size=1m,nr_inodes=4k,mode=755";
+
+/// Descriptors the VMM may hold. A guest can make it hold as many as it may have, by opening files again and again: each
+/// costs memory of the host's kernel, and hard limits of a billion are common.
+const MAX_DESCRIPTORS: u64 = 65_536;
 
 /// Why the share cannot be built.
 #[derive(Debug, thiserror::Error)]
@@ -77,7 +80,7 @@ pub fn mount(share: &Share) -> Result<(), ShareError> {
         bind(&share.root, entry)?;
     }
     restrict(&share.root, MountAttributes { read_only: true, recursive: false })?;
-    prepare_process();
+    raise_descriptor_limit();
     Ok(())
 }
 
@@ -101,12 +104,11 @@ fn restrict(path: &Path, attributes: MountAttributes) -> Result<(), ShareError> 
     sys::restrict_mount(path, attributes).map_err(|source| ShareError::Restrict { path: path.into(), source })
 }
 
-/// What a file server needs of its process: modes exactly as the guest asks, and a descriptor for each file the guest
-/// knows. Where the limit cannot be raised, the guest meets it earlier.
-fn prepare_process() {
-    umask(Mode::empty());
+/// A file server needs a descriptor for each file the guest knows, up to [`MAX_DESCRIPTORS`]. Where the limit cannot be
+/// raised, the guest meets it earlier. (The umask is cleared by the library, when the guest begins.)
+fn raise_descriptor_limit() {
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard.min(MAX_DESCRIPTORS), hard);
     }
 }
 
