@@ -3,18 +3,22 @@
 //! Each client is served on a short-lived thread of its own, never on the event loop: pausing waits for the vCPUs,
 //! and a vCPU may be waiting for the loop.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::AsRawFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use event_manager::EventSet;
 use serde::{Deserialize, Serialize};
 
-use crate::event_loop::{Stop, Subscriber, on_readable};
+use crate::event_loop::{EventLoop, Stop, on_readable};
+use crate::host_socket::{self, Listener};
 use crate::kvm::vcpu::{PAUSE_LIMIT, Vcpus};
 use crate::machine::Outcome;
 use crate::phase::{self, Reached};
@@ -61,18 +65,29 @@ pub struct Handles {
     pub vcpus: Arc<Mutex<Option<Arc<Vcpus>>>>,
     pub stop: Stop<Outcome>,
     /// Socket of the vsock device, to reach the guest's power button.
-    pub vsock: Option<PathBuf>,
+    vsock: Option<PathBuf>,
+    /// Somebody has asked for a shutdown, which always ends in a stop.
+    shutting_down: Arc<AtomicBool>,
 }
 
 impl Handles {
+    /// `vsock` is the socket of the vsock device, if there is one.
+    #[must_use]
+    pub fn new(stop: Stop<Outcome>, vsock: Option<PathBuf>) -> Self {
+        Self { vcpus: Arc::default(), stop, vsock, shutting_down: Arc::default() }
+    }
+
     fn with_vcpus<T>(&self, action: impl FnOnce(&Vcpus) -> T) -> Option<T> {
         let vcpus = self.vcpus.lock().unwrap_or_else(PoisonError::into_inner).clone();
         vcpus.as_deref().map(action)
     }
 
-    /// Asks the guest to power off, and stops the machine when it has not within [`SHUTDOWN_GRACE`]. Returns at
-    /// once.
+    /// Asks the guest to power off, and stops the machine when it has not within [`SHUTDOWN_GRACE`], or cannot be asked.
+    /// Returns at once.
     pub fn shut_down(&self) {
+        if self.shutting_down.swap(true, Ordering::SeqCst) {
+            return;
+        }
         let handles = self.clone();
         let spawned = thread::Builder::new().name("krx-shutdown".into()).spawn(move || {
             // A paused guest cannot hear.
@@ -89,51 +104,82 @@ impl Handles {
     }
 }
 
-/// Connects to the guest's power port, as any client of the vsock socket could.
+/// Connects to the guest's power port, as any client of the vsock socket could. Without waiting: a device that takes no
+/// clients leaves its backlog full for ever.
 fn press_power_button(socket: &Path) -> io::Result<UnixStream> {
-    let mut connection = UnixStream::connect(socket)?;
+    let mut connection = host_socket::dial(socket)?;
     writeln!(connection, "CONNECT {}", krx_proto::port::POWER)?;
     Ok(connection)
 }
 
-/// Listens at `path`, replacing what a dead VMM has left there.
+/// Serves the clients of `listener` from now on.
 ///
 /// # Errors
-/// When the socket cannot be made, or another process listens on it.
-pub fn listen(path: &Path, handles: Handles) -> io::Result<Subscriber> {
-    if UnixStream::connect(path).is_ok() {
-        return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens on it"));
-    }
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let listener = UnixListener::bind(path)?;
-    listener.set_nonblocking(true)?;
-    let clients = Arc::new(AtomicUsize::new(0));
-    Ok(on_readable(listener.as_raw_fd(), move || {
-        if let Ok((client, _)) = listener.accept() {
-            serve_on_thread(client, &handles, &clients);
-        }
-    }))
+/// When the loop cannot watch the socket, or the host is out of descriptors.
+pub fn serve_on(event_loop: &mut EventLoop, listener: Listener, handles: Handles) -> io::Result<()> {
+    let spare = Arc::new(Mutex::new(Some(OwnedFd::from(File::open("/dev/null")?))));
+    let door = Door { handles, clients: Arc::default(), spare };
+    // Edge-triggered: a client that cannot be let in does not keep the loop awake.
+    let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+    on_readable(event_loop, listener.as_raw_fd(), events, move || door.admit(|| listener.accept()))
 }
 
-fn serve_on_thread(client: UnixStream, handles: &Handles, clients: &Arc<AtomicUsize>) {
-    if clients.fetch_add(1, Ordering::SeqCst) >= MAX_CLIENTS {
-        clients.fetch_sub(1, Ordering::SeqCst);
-        return;
+/// Where clients come in.
+struct Door {
+    handles: Handles,
+    clients: Arc<AtomicUsize>,
+    /// A guest can make the VMM hold as many descriptors as it may have. One is kept to be given up for a client, whose
+    /// own takes its place in the end: the guest never gets it.
+    spare: Arc<Mutex<Option<OwnedFd>>>,
+}
+
+impl Door {
+    /// Lets all in who wait.
+    fn admit(&self, mut accept: impl FnMut() -> io::Result<UnixStream>) {
+        loop {
+            match accept() {
+                Ok(client) => self.serve_on_thread(client),
+                Err(error) => match error.kind() {
+                    ErrorKind::Interrupted | ErrorKind::ConnectionAborted => {}
+                    ErrorKind::WouldBlock => return,
+                    // Without a spare they wait until the next one comes.
+                    _ if self.spare().take().is_none() => return,
+                    _ => {}
+                },
+            }
+        }
     }
-    let (handles, clients) = (handles.clone(), Arc::clone(clients));
-    let count = Arc::clone(&clients);
-    let spawned = thread::Builder::new().name("krx-control".into()).spawn(move || {
-        // A client that goes away in the middle is its own affair.
-        let _ = serve(&client, &handles);
-        count.fetch_sub(1, Ordering::SeqCst);
-    });
-    if let Err(error) = spawned {
-        clients.fetch_sub(1, Ordering::SeqCst);
-        report::warn("Control client not served", &error);
+
+    fn serve_on_thread(&self, client: UnixStream) {
+        if self.clients.fetch_add(1, Ordering::SeqCst) >= MAX_CLIENTS {
+            self.clients.fetch_sub(1, Ordering::SeqCst);
+            keep(&self.spare, client);
+            return;
+        }
+        let (handles, clients, spare) =
+            (self.handles.clone(), Arc::clone(&self.clients), Arc::clone(&self.spare));
+        let spawned = thread::Builder::new().name("krx-control".into()).spawn(move || {
+            // A client that goes away in the middle is its own affair.
+            let _ = serve(&client, &handles);
+            clients.fetch_sub(1, Ordering::SeqCst);
+            keep(&spare, client);
+        });
+        if let Err(error) = spawned {
+            self.clients.fetch_sub(1, Ordering::SeqCst);
+            report::warn("Control client not served", &error);
+        }
     }
+
+    fn spare(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Hangs up on `client`, whose descriptor becomes the spare one if that was given up.
+fn keep(spare: &Mutex<Option<OwnedFd>>, client: UnixStream) {
+    // Hung up already is as good.
+    let _ = client.shutdown(Shutdown::Both);
+    spare.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(client.into());
 }
 
 fn serve(client: &UnixStream, handles: &Handles) -> io::Result<()> {
@@ -188,16 +234,19 @@ fn not_paused() -> Answer {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+    use vmm_sys_util::tempdir::TempDir;
+
     use super::*;
 
     fn handles() -> Handles {
-        Handles { vcpus: Arc::default(), stop: Stop::new().unwrap(), vsock: None }
+        Handles::new(Stop::new().unwrap(), None)
     }
 
     fn ask(request: &[u8]) -> String {
         let (ours, theirs) = UnixStream::pair().unwrap();
         (&ours).write_all(request).unwrap();
-        ours.shutdown(std::net::Shutdown::Write).unwrap();
+        ours.shutdown(Shutdown::Write).unwrap();
         serve(&theirs, &handles()).unwrap();
         drop(theirs);
         let mut text = String::new();
@@ -222,14 +271,74 @@ mod tests {
         assert_eq!(ask(&endless).lines().count(), 3);
     }
 
-    #[test]
-    fn shutdown_without_a_vsock_stops_the_machine() {
-        let handles = handles();
-        handles.shut_down();
+    fn stops(handles: &Handles) -> bool {
         let stopped = std::iter::repeat_with(|| {
             thread::sleep(Duration::from_millis(1));
             handles.stop.take()
         });
-        assert!(matches!(stopped.take(5000).flatten().next(), Some(Outcome::Stopped)));
+        matches!(stopped.take(2000).flatten().next(), Some(Outcome::Stopped))
+    }
+
+    #[test]
+    fn shutdown_without_a_vsock_stops_the_machine() {
+        let handles = handles();
+        handles.shut_down();
+        assert!(stops(&handles));
+    }
+
+    #[test]
+    fn shutdown_does_not_wait_for_a_vsock_that_takes_no_clients() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.as_path().join("v");
+        let service = socket(AddressFamily::Unix, SockType::Stream, SockFlag::empty(), None).unwrap();
+        bind(service.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        listen(&service, Backlog::new(1).unwrap()).unwrap();
+        let waiting: Vec<_> = std::iter::from_fn(|| host_socket::dial(&path).ok()).take(100).collect();
+        assert!(waiting.len() < 100, "the backlog is full");
+        let handles = Handles::new(Stop::new().unwrap(), Some(path));
+        handles.shut_down();
+        assert!(stops(&handles));
+        handles.shut_down();
+        assert!(handles.stop.take().is_none(), "one shutdown is enough");
+    }
+
+    fn door() -> Door {
+        let spare = OwnedFd::from(File::open("/dev/null").unwrap());
+        Door { handles: handles(), clients: Arc::default(), spare: Arc::new(Mutex::new(Some(spare))) }
+    }
+
+    #[test]
+    fn client_is_served_when_descriptors_are_all_taken() {
+        let door = door();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let none_left = || Err(io::Error::from_raw_os_error(libc::EMFILE));
+        let mut accepted = [none_left(), Ok(theirs), none_left()].into_iter();
+        door.admit(|| accepted.next().unwrap());
+        assert!(door.spare().is_none());
+        (&ours).write_all(b"{\"request\":\"status\"}\n").unwrap();
+        ours.shutdown(Shutdown::Write).unwrap();
+        let mut text = String::new();
+        (&ours).read_to_string(&mut text).unwrap();
+        assert!(text.starts_with("{\"error\":"), "{text}");
+        let back = std::iter::repeat_with(|| {
+            thread::sleep(Duration::from_millis(1));
+            door.spare().is_some()
+        });
+        assert!(back.take(2000).any(|back| back), "the client's descriptor is the spare one now");
+    }
+
+    #[test]
+    fn accept_that_fails_for_ever_ends() {
+        door().admit(|| Err(io::Error::from_raw_os_error(libc::ENFILE)));
+    }
+
+    #[test]
+    fn clients_beyond_the_limit_are_hung_up_on() {
+        let door = door();
+        let (mut ours, mut theirs): (Vec<_>, Vec<_>) =
+            (0..=MAX_CLIENTS).map(|_| UnixStream::pair().unwrap()).unzip();
+        door.admit(|| theirs.pop().ok_or_else(|| ErrorKind::WouldBlock.into()));
+        // Taken from the end, so the first one is the one too many.
+        assert_eq!(ours.remove(0).read(&mut [0]).unwrap(), 0);
     }
 }

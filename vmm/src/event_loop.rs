@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use event_manager::{
-    EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId,
+    EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -57,37 +57,55 @@ impl<T: Send + 'static> Stop<T> {
         self.reason.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Subscriber that wakes the loop, so that its owner looks at [`take`](Self::take).
-    #[must_use]
-    pub fn subscriber(&self) -> Subscriber {
+    /// Has the loop woken, so that its owner looks at [`take`](Self::take).
+    ///
+    /// # Errors
+    /// When the loop cannot watch one descriptor more.
+    pub fn wake(&self, event_loop: &mut EventLoop) -> io::Result<()> {
         let wake = Arc::clone(&self.wake);
-        on_readable(self.wake.as_raw_fd(), move || drop(wake.read()))
+        on_readable(event_loop, self.wake.as_raw_fd(), EventSet::IN, move || drop(wake.read()))
     }
 }
 
-/// A subscriber that calls `action` when `fd` is readable or hung up. `action` owns what `fd` belongs to.
-pub fn on_readable(fd: RawFd, action: impl FnMut() + Send + 'static) -> Subscriber {
-    Box::new(OnReadable { fd, action })
+/// Has `action` called when `fd` is readable or hung up; with `EDGE_TRIGGERED`, once for each time it becomes so.
+/// `action` owns what `fd` belongs to.
+///
+/// # Errors
+/// When `fd` cannot be watched: it is a regular file, or the loop is out of memory.
+pub fn on_readable(
+    event_loop: &mut EventLoop,
+    fd: RawFd,
+    events: EventSet,
+    action: impl FnMut() + Send + 'static,
+) -> io::Result<()> {
+    let subscriber = Box::new(OnReadable(action));
+    subscribe(event_loop, subscriber, Events::new_raw(fd, events)).map(drop).map_err(io::Error::other)
 }
 
-struct OnReadable<F> {
-    fd: RawFd,
-    action: F,
-}
+struct OnReadable<F>(F);
 
 impl<F: FnMut()> MutEventSubscriber for OnReadable<F> {
     fn process(&mut self, _: Events, _: &mut EventOps) {
-        (self.action)();
+        (self.0)();
     }
 
-    fn init(&mut self, ops: &mut EventOps) {
-        watch(ops, self.fd);
-    }
+    fn init(&mut self, _: &mut EventOps) {}
 }
 
-fn watch(ops: &mut EventOps, fd: RawFd) {
-    if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
-        report::warn("Cannot watch a descriptor", &error);
+/// Adds a subscriber only together with what it waits for.
+fn subscribe(
+    to: &mut dyn SubscriberOps<Subscriber = Subscriber>,
+    subscriber: Subscriber,
+    events: Events,
+) -> Result<SubscriberId, event_manager::Error> {
+    let id = to.add_subscriber(subscriber);
+    match to.event_ops(id).and_then(|mut ops| ops.add(events)) {
+        Ok(()) => Ok(id),
+        Err(error) => {
+            // It was there a moment ago, and goes with what it holds.
+            let _ = to.remove_subscriber(id);
+            Err(error)
+        }
     }
 }
 
@@ -114,10 +132,11 @@ impl WorkerHost for Workers {
         let name = format!("krx-{:?}", of.kind()).to_lowercase();
         match of.placement() {
             Placement::EventLoop => {
+                let events = Events::new_raw(worker.fd(), EventSet::IN);
                 let subscriber: Subscriber = Box::new(OnLoop { worker: Some(worker), interrupt, name });
                 let id = self
                     .endpoint
-                    .call_blocking(move |ops| Ok::<_, event_manager::Error>(ops.add_subscriber(subscriber)))
+                    .call_blocking(move |ops| subscribe(ops, subscriber, events))
                     .map_err(|error| DeviceError::Host(io::Error::other(error)))?;
                 Ok(Box::new(LoopRunning { endpoint: self.endpoint.clone(), id }))
             }
@@ -151,11 +170,7 @@ impl MutEventSubscriber for OnLoop {
         }
     }
 
-    fn init(&mut self, ops: &mut EventOps) {
-        if let Some(worker) = &self.worker {
-            watch(ops, worker.fd());
-        }
-    }
+    fn init(&mut self, _: &mut EventOps) {}
 }
 
 struct LoopRunning {
@@ -212,4 +227,31 @@ fn wait(fd: RawFd, stop: &EventFd) -> io::Result<bool> {
 fn broken(name: &str, error: &DeviceError, interrupt: &Interrupt) {
     report::warn(&format!("{name}: device stopped, the guest must reset it"), error);
     interrupt.request_reset();
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::tempfile::TempFile;
+
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_watched_is_an_error() {
+        let mut event_loop = EventLoop::new().unwrap();
+        let file = TempFile::new().unwrap();
+        let mut watch = |fd| on_readable(&mut event_loop, fd, EventSet::IN, || ());
+        assert!(watch(file.as_file().as_raw_fd()).is_err());
+        assert!(watch(100_000).is_err());
+    }
+
+    #[test]
+    fn first_reason_ends_the_loop() {
+        let mut event_loop = EventLoop::new().unwrap();
+        let stop = Stop::new().unwrap();
+        stop.wake(&mut event_loop).unwrap();
+        stop.set(1);
+        stop.set(2);
+        assert_eq!(event_loop.run_with_timeout(5000).unwrap(), 1);
+        assert_eq!(stop.take(), Some(1));
+    }
 }

@@ -3,8 +3,8 @@
 //! The way of a start, by file: `main.rs` reads a [`config`] and mounts the [`share`]; [`machine`] is the recipe:
 //! [`memory`], [`kvm`], the kernel and the boot tables ([`arch`]), devices into [`slots`] ([`virtio`],
 //! [`devices`]), vCPUs. From then on vCPU threads reach devices through the [`bus`], and the [`event_loop`] runs
-//! what waits for descriptors, [`control`] requests included. [`phase`] notes when each step was done; [`klog`]
-//! reads the guest kernel's log out of its memory when a guest ends badly.
+//! what waits for descriptors, [`control`] requests included ([`host_socket`] has the sockets). [`phase`] notes when
+//! each step was done; [`klog`] reads the guest kernel's log out of its memory when a guest ends badly.
 //!
 //! The VMM knows nothing of containers. The guest is hostile: each number it gives is checked where it is used.
 
@@ -17,6 +17,7 @@ pub mod control;
 pub mod devices;
 pub mod event_loop;
 pub mod exit_code;
+pub mod host_socket;
 pub mod klog;
 pub mod kvm;
 pub mod machine;

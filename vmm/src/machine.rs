@@ -1,11 +1,11 @@
 //! The boot recipe, flat and in boot order, and the life of the machine until its guest ends.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use event_manager::SubscriberOps;
+use event_manager::EventSet;
 use linux_loader::cmdline::Cmdline;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -20,14 +20,13 @@ use crate::control::{self, Handles};
 use crate::devices::power::{BootMark, PowerOff, ResetControl};
 use crate::devices::serial::Console;
 use crate::event_loop::{EventLoop, Stop, Workers, on_readable};
+use crate::host_socket::{BindError, Listener};
 use crate::kvm::exit::Crash;
 use crate::kvm::vcpu::{Vcpu, Vcpus};
 use crate::kvm::vm::{KvmError, Vm};
 use crate::memory::{self, MemoryError};
 use crate::phase::{self, Phase};
 use crate::slots::Slots;
-use crate::sys;
-use crate::virtio::vsock::VsockError;
 
 /// How a machine ended.
 #[derive(Debug)]
@@ -63,17 +62,15 @@ pub enum MachineError {
     Boot(#[source] BootError),
     #[error("Event loop cannot be made")]
     EventLoop(#[source] event_manager::Error),
-    #[error("Control socket {path} cannot be made")]
-    Control {
-        path: PathBuf,
-        #[source]
-        source: io::Error,
-    },
+    #[error("Event loop failed while the guest ran, so the VM was ended")]
+    Loop(#[source] event_manager::Error),
+    #[error("Control socket cannot be made")]
+    Control(#[source] BindError),
     #[error("vsock device cannot be made")]
-    Vsock(#[source] VsockError),
+    Vsock(#[source] BindError),
     #[error("virtio-fs device cannot be made")]
     Fs(#[source] io::Error),
-    #[error("lifeline_fd is not an open descriptor that was inherited")]
+    #[error("lifeline_fd is not the read end of a pipe that was inherited")]
     Lifeline(#[source] io::Error),
     #[error("Threads or signals cannot be set up")]
     Host(#[source] io::Error),
@@ -91,11 +88,13 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Builds the machine and starts its vCPUs.
+    /// Builds the machine and starts its vCPUs. The machine ends when the other end of `lifeline` is closed.
+    ///
+    /// The files of its sockets are there if, and only if, this succeeds; [`clean_up`] removes them.
     ///
     /// # Errors
     /// [`MachineError`]: a file that cannot be used, or what the host lacks.
-    pub fn start(config: &ValidConfig) -> Result<Self, MachineError> {
+    pub fn start(config: &ValidConfig, lifeline: Option<OwnedFd>) -> Result<Self, MachineError> {
         let memory = memory::allocate(config.memory).map_err(MachineError::Memory)?;
         let vm = Vm::new(&memory).map_err(MachineError::Kvm)?;
         phase::mark(Phase::VmCreated);
@@ -109,16 +108,15 @@ impl Machine {
 
         let mut event_loop = EventLoop::new().map_err(MachineError::EventLoop)?;
         let stop = Stop::new().map_err(MachineError::Host)?;
-        event_loop.add_subscriber(stop.subscriber());
-        let handles = Handles { vcpus: Arc::default(), stop: stop.clone(), vsock: config.vsock.clone() };
+        stop.wake(&mut event_loop).map_err(MachineError::Host)?;
+        let handles = Handles::new(stop.clone(), config.vsock.clone());
         watch_signals(&mut event_loop, &handles).map_err(MachineError::Host)?;
-        if let Some(fd) = config.lifeline_fd {
-            watch_owner(&mut event_loop, fd, stop.clone()).map_err(MachineError::Lifeline)?;
+        if let Some(lifeline) = lifeline {
+            watch_owner(&mut event_loop, lifeline, stop.clone()).map_err(MachineError::Lifeline)?;
         }
         if let Some(path) = &config.control {
-            let socket = control::listen(path, handles.clone())
-                .map_err(|source| MachineError::Control { path: path.clone(), source })?;
-            event_loop.add_subscriber(socket);
+            let listener = Listener::bind(path.clone()).map_err(MachineError::Control)?;
+            control::serve_on(&mut event_loop, listener, handles.clone()).map_err(MachineError::Host)?;
         }
 
         let mut cmdline = base_cmdline(config).map_err(MachineError::Boot)?;
@@ -135,7 +133,11 @@ impl Machine {
         boot::write_tables(&memory, &kernel, initramfs, &cmdline, count).map_err(MachineError::Boot)?;
         let vcpus: Result<Vec<_>, _> = (0..count).map(|id| Vcpu::new(&vm, id, count, kernel.entry)).collect();
         let vcpus = vcpus.map_err(MachineError::Kvm)?;
-        let vcpus = Vcpus::start(vcpus, &Arc::new(buses), &stop).map_err(MachineError::Host)?;
+        let vcpus = Vcpus::start(vcpus, &Arc::new(buses), &stop).map_err(|error| {
+            // Some may run and hold the devices: these are not dropped, and their files would stay.
+            clean_up(config);
+            MachineError::Host(error)
+        })?;
         let vcpus = Arc::new(vcpus);
         *handles.vcpus.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&vcpus));
 
@@ -164,7 +166,7 @@ impl Machine {
                 },
                 None => -1,
             };
-            self.event_loop.run_with_timeout(timeout).map_err(MachineError::EventLoop)?;
+            self.event_loop.run_with_timeout(timeout).map_err(MachineError::Loop)?;
         }
     }
 
@@ -215,7 +217,7 @@ fn watch_signals(event_loop: &mut EventLoop, handles: &Handles) -> io::Result<()
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
     let handles = handles.clone();
     let mut asked = false;
-    event_loop.add_subscriber(on_readable(signals.as_raw_fd(), move || {
+    on_readable(event_loop, signals.as_raw_fd(), EventSet::IN, move || {
         while let Ok(Some(_)) = signals.read_signal() {
             if asked {
                 handles.stop.set(Outcome::Stopped);
@@ -224,21 +226,18 @@ fn watch_signals(event_loop: &mut EventLoop, handles: &Handles) -> io::Result<()
             }
             asked = true;
         }
-    }));
-    Ok(())
+    })
 }
 
-fn watch_owner(event_loop: &mut EventLoop, fd: RawFd, stop: Stop<Outcome>) -> io::Result<()> {
-    let lifeline = sys::adopt(fd)?;
-    event_loop.add_subscriber(on_readable(fd, move || {
+fn watch_owner(event_loop: &mut EventLoop, lifeline: OwnedFd, stop: Stop<Outcome>) -> io::Result<()> {
+    on_readable(event_loop, lifeline.as_raw_fd(), EventSet::IN, move || {
         // Nothing is ever written to it: readable means that the other end is closed.
         let _ = &lifeline;
         stop.set(Outcome::Orphaned);
-    }));
-    Ok(())
+    })
 }
 
-/// Removes the files the machine has made.
+/// Removes the files of a machine that was started: before that, they may be another's.
 pub fn clean_up(config: &ValidConfig) {
     let remove = |path: &Path| drop(std::fs::remove_file(path));
     config.control.as_deref().into_iter().chain(config.vsock.as_deref()).for_each(remove);

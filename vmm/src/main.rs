@@ -67,9 +67,7 @@ fn run_from(file: Result<File, String>) -> ExitCode {
         Ok(config) => config,
         Err(message) => return fail(ExitCode::Config, &message),
     };
-    let code = run(&config);
-    machine::clean_up(&config);
-    code
+    run(&config)
 }
 
 fn read(file: File) -> Result<ValidConfig, ConfigError> {
@@ -79,6 +77,11 @@ fn read(file: File) -> Result<ValidConfig, ConfigError> {
 }
 
 fn run(config: &ValidConfig) -> ExitCode {
+    // First of all: a number that was not inherited must not be that of something opened here.
+    let lifeline = match config.lifeline_fd.map(sys::adopt).transpose() {
+        Ok(lifeline) => lifeline,
+        Err(error) => return fail(ExitCode::Config, &report::chain(&MachineError::Lifeline(error))),
+    };
     if let Some(share) = &config.share
         && let Err(error) = share::mount(share)
     {
@@ -87,14 +90,16 @@ fn run(config: &ValidConfig) -> ExitCode {
     phase::mark(Phase::Configured);
     // Never dropped: that would wait for the file server's thread, which a guest can make wait for ever. The process
     // ends now, and all it holds with it.
-    let mut machine = match Machine::start(config) {
+    let mut machine = match Machine::start(config, lifeline) {
         Ok(machine) => ManuallyDrop::new(machine),
         Err(error) => return fail(start_failure(&error), &report::chain(&error)),
     };
-    match machine.run() {
+    let code = match machine.run() {
         Ok(outcome) => finish(&outcome, &machine, config),
         Err(error) => fail(ExitCode::Host, &report::chain(&error)),
-    }
+    };
+    machine::clean_up(config);
+    code
 }
 
 fn start_failure(error: &MachineError) -> ExitCode {

@@ -17,9 +17,9 @@ mod connection;
 mod connections;
 mod credit;
 mod handshake;
-mod listener;
 mod packet;
 mod rings;
+mod service;
 mod worker;
 
 #[cfg(test)]
@@ -28,28 +28,13 @@ mod tests;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use self::listener::Listener;
 use self::worker::VsockWorker;
 use super::device::{Activation, Device, DeviceError, DeviceKind, Worker};
+use crate::host_socket::{BindError, Listener};
 
 /// Receive, transmit and event queue. Linux lends a page for each place in the receive queue from boot on, so a longer
 /// one is memory that every idle guest pays for; 128 hold what a connection may have in flight (256 KiB) and more.
 const QUEUE_SIZES: [u16; 3] = [128, 128, 16];
-
-/// Why the device cannot be made.
-#[derive(Debug, thiserror::Error)]
-pub enum VsockError {
-    #[error("Cannot listen for vsock clients on {path}", path = .path.display())]
-    Listen {
-        path: PathBuf,
-        #[source]
-        source: std::io::Error,
-    },
-    #[error("Another process listens on {path} already", path = .0.display())]
-    InUse(PathBuf),
-    #[error("{path} exists and is not a socket", path = .0.display())]
-    NotASocket(PathBuf),
-}
 
 /// The vsock device of one guest.
 #[derive(Debug)]
@@ -63,7 +48,7 @@ impl Vsock {
     ///
     /// # Errors
     /// The path cannot be listened on, or is another's.
-    pub fn new(guest_cid: u32, path: PathBuf) -> Result<Self, VsockError> {
+    pub fn new(guest_cid: u32, path: PathBuf) -> Result<Self, BindError> {
         let listener = Arc::new(Listener::bind(path)?);
         Ok(Self { guest_cid: u64::from(guest_cid), listener })
     }

@@ -15,9 +15,10 @@ use super::channel::{self, Channel};
 use super::connection::{Connection, Ports, Reaction};
 use super::connections::{Connections, Id};
 use super::handshake::{self, Line};
-use super::listener::Listener;
 use super::packet::{GuestPacket, HOST_CID, Header, Op, TYPE_STREAM};
 use super::rings::{Put, ReceiveRing, TransmitRing};
+use super::service;
+use crate::host_socket::Listener;
 use crate::virtio::device::{Activation, DeviceError, Worker};
 use crate::virtio::queue::LiveQueue;
 
@@ -320,7 +321,8 @@ impl FromGuest<'_> {
 
     /// The guest wants to connect to a port of the host.
     fn connect(&mut self, ports: Ports, request: &Header) {
-        let service = if self.connections.make_room() { self.listener.dial(ports.host).ok() } else { None };
+        let service =
+            if self.connections.make_room() { service::dial(self.listener, ports.host).ok() } else { None };
         let id = assign_id(self.next_id);
         match service {
             Some(socket) if watch(self.epoll, socket.as_raw_fd(), id, channel::interest()).is_ok() => {
