@@ -1,8 +1,10 @@
 //! The file system device (virtio 1.2, 5.11): FUSE requests of the guest, served from a directory of the host by
-//! fuse-backend-rs. `request` judges each request before the library sees it, `worker` moves them.
+//! fuse-backend-rs. `request` judges each request before the library sees it, `bounded` what the library makes of it,
+//! `worker` moves them.
 //!
 //! The device knows nothing of mounts: the tree it serves is made by [`share`](crate::share). There is no DAX window.
 
+mod bounded;
 mod negotiation;
 pub mod request;
 mod worker;
@@ -13,6 +15,7 @@ use std::time::Duration;
 
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 
+use self::bounded::Bounded;
 use self::worker::FsWorker;
 use super::device::{Activation, Device, DeviceError, DeviceKind, Placement, Worker};
 
@@ -87,9 +90,12 @@ fn serve(root: &Path) -> io::Result<worker::Server> {
         killpriv_v2: true,
         // One file shared twice, once read-only, is two files: else the first one opened would lend its rights.
         enable_mntid: true,
+        // Node numbers are made of the host's: else the library keeps one for each file that was ever looked up, and
+        // a guest that makes and removes files without end has no end of them.
+        use_host_ino: true,
         ..Config::default()
     };
-    Ok(worker::Server::new(PassthroughFs::new(config)?))
+    Ok(worker::Server::new(Bounded(PassthroughFs::new(config)?)))
 }
 
 #[cfg(test)]

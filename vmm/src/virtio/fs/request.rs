@@ -1,8 +1,9 @@
 //! What a FUSE request must be before the library parses it. A pure judgement of lengths and of the header.
 //!
 //! The library allocates what a request's header says, within its own bound of 1 MiB; here a request may not say more
-//! than it brings. What the library checks itself is left to it: sizes of reads and listings, unknown handles and
-//! inodes, names with slashes.
+//! than it brings. What the library checks itself is left to it: sizes of reads, unknown handles and inodes, names with
+//! slashes. It reads the request again, and the guest may have changed it: what must hold of what is served is in
+//! `bounded`.
 
 use std::ffi::c_int;
 
@@ -14,7 +15,6 @@ pub const OUT_HEADER: usize = 16;
 /// would have the device hold slices of it without end.
 pub const MAX_BYTES: u64 = (1 << 20) + (64 << 10);
 
-const OPCODE_LOOKUP: u32 = 1;
 const OPCODE_FORGET: u32 = 2;
 const OPCODE_BATCH_FORGET: u32 = 42;
 
@@ -52,10 +52,9 @@ impl Header {
     }
 }
 
-/// Judges a request of `readable` bytes with room for a reply of `writable`. `body` is what follows the header, as much
-/// of it as a judgement may need.
+/// Judges a request of `readable` bytes with room for a reply of `writable`.
 #[must_use]
-pub fn judge(header: Header, readable: u64, writable: u64, body: &[u8]) -> Judgement {
+pub fn judge(header: Header, readable: u64, writable: u64) -> Judgement {
     let answered = !header.is_unanswered();
     if readable < IN_HEADER as u64 || (answered && writable < OUT_HEADER as u64) {
         return Judgement::Drop;
@@ -67,12 +66,6 @@ pub fn judge(header: Header, readable: u64, writable: u64, body: &[u8]) -> Judge
     }
     if claimed < IN_HEADER as u64 || claimed > readable {
         return refuse(libc::EINVAL);
-    }
-    // Linux resolves these itself and never asks. The library would walk up, as far as the share's root.
-    // Whatever stands behind the name's end: the library may look no further than that.
-    let name = body.split(|byte| *byte == 0).next();
-    if header.opcode == OPCODE_LOOKUP && matches!(name, Some(b"." | b"..")) {
-        return refuse(libc::ENOENT);
     }
     Judgement::Serve
 }
@@ -100,32 +93,24 @@ mod tests {
     #[test]
     fn requests_that_claim_more_than_they_bring_are_refused() {
         for (len, readable) in [(41, 40), (u32::MAX, 48), (0, 48), (39, 48)] {
-            assert_eq!(judge(header(len, OPEN), readable, 16, b""), Judgement::Answer(libc::EINVAL));
+            assert_eq!(judge(header(len, OPEN), readable, 16), Judgement::Answer(libc::EINVAL));
         }
-        assert_eq!(judge(header(48, OPEN), 48, 16, b""), Judgement::Serve);
+        assert_eq!(judge(header(48, OPEN), 48, 16), Judgement::Serve);
     }
 
     #[test]
     fn requests_without_header_or_room_are_dropped() {
-        assert_eq!(judge(header(40, OPEN), 39, 16, b""), Judgement::Drop);
-        assert_eq!(judge(header(40, OPEN), 40, 15, b""), Judgement::Drop);
-        assert_eq!(judge(header(48, OPCODE_FORGET), 48, 0, b""), Judgement::Serve);
-        assert_eq!(judge(header(99, OPCODE_FORGET), 48, 0, b""), Judgement::Drop);
+        assert_eq!(judge(header(40, OPEN), 39, 16), Judgement::Drop);
+        assert_eq!(judge(header(40, OPEN), 40, 15), Judgement::Drop);
+        assert_eq!(judge(header(48, OPCODE_FORGET), 48, 0), Judgement::Serve);
+        assert_eq!(judge(header(99, OPCODE_FORGET), 48, 0), Judgement::Drop);
     }
 
     #[test]
     fn requests_over_the_bound_are_refused() {
         let huge = 4 << 30;
-        assert_eq!(judge(header(40, OPEN), huge, 16, b""), Judgement::Answer(libc::EOVERFLOW));
-        assert_eq!(judge(header(40, OPEN), 40, huge, b""), Judgement::Answer(libc::EOVERFLOW));
-    }
-
-    #[test]
-    fn dots_are_not_looked_up() {
-        for name in [&b"..\0"[..], b".\0", b"..\0\0", b".\0hidden behind"] {
-            assert_eq!(judge(header(43, OPCODE_LOOKUP), 43, 200, name), Judgement::Answer(libc::ENOENT));
-        }
-        assert_eq!(judge(header(43, OPCODE_LOOKUP), 43, 200, b".a\0"), Judgement::Serve);
+        assert_eq!(judge(header(40, OPEN), huge, 16), Judgement::Answer(libc::EOVERFLOW));
+        assert_eq!(judge(header(40, OPEN), 40, huge), Judgement::Answer(libc::EOVERFLOW));
     }
 
     #[test]

@@ -17,12 +17,16 @@ const ROOT: u64 = 1;
 
 mod op {
     pub(super) const LOOKUP: u32 = 1;
+    pub(super) const FORGET: u32 = 2;
     pub(super) const SYMLINK: u32 = 6;
     pub(super) const MKNOD: u32 = 8;
     pub(super) const MKDIR: u32 = 9;
     pub(super) const UNLINK: u32 = 10;
     pub(super) const OPEN: u32 = 14;
     pub(super) const READ: u32 = 15;
+    pub(super) const SETXATTR: u32 = 21;
+    pub(super) const GETXATTR: u32 = 22;
+    pub(super) const LISTXATTR: u32 = 23;
     pub(super) const INIT: u32 = 26;
     pub(super) const READDIR: u32 = 28;
     pub(super) const BATCH_FORGET: u32 = 42;
@@ -194,7 +198,7 @@ fn unknown_nodes_handles_and_opcodes_are_errors() {
 #[test]
 fn bodies_of_any_form_are_answered() {
     let driver = Driver::new("bodies");
-    let forgets = [2, op::BATCH_FORGET];
+    let forgets = [op::FORGET, op::BATCH_FORGET];
     for opcode in (1..60).filter(|opcode| !forgets.contains(opcode)) {
         for body in [&[][..], &[0; 3], &[0; 200], &[0xff; 7], &[0xff; 200]] {
             let _ = driver.ask(opcode, 99, body);
@@ -219,6 +223,58 @@ fn false_lengths_are_refused() {
         assert_ne!(driver.ask(op::READ, ROOT, &body).error, 0);
         assert_ne!(driver.ask(op::READDIR, ROOT, &body).error, 0);
     }
+}
+
+/// A guest that claims to have room for 4 GiB gets what there is, and has the host allocate no more than that may be.
+#[test]
+fn attributes_are_found_whatever_room_is_claimed() {
+    let driver = Driver::new("xattr");
+    let node = driver.lookup("file").node();
+    let value = [&5_u32.to_le_bytes()[..], &[0; 4], b"user.krx\0value"].concat();
+    let set = driver.ask(op::SETXATTR, node, &value);
+    if set.error == libc::EOPNOTSUPP {
+        eprintln!("SKIP: the host's temporary directory has no attributes");
+        return;
+    }
+    assert_eq!(set.error, 0);
+    let before = peak_address_space();
+    for size in [5, 64 << 10, 1 << 20, u32::MAX] {
+        let get = [&size.to_le_bytes()[..], &[0; 4], b"user.krx\0"].concat();
+        assert_eq!(driver.ask(op::GETXATTR, node, &get).body, b"value", "{size}");
+    }
+    let list = [u32::MAX.to_le_bytes(), [0; 4]].concat();
+    let names = driver.ask(op::LISTXATTR, node, &list);
+    assert!(names.body.windows(9).any(|name| name == b"user.krx\0"), "{names:?}");
+    assert!(peak_address_space() - before < 3 << 20, "gigabytes were allocated");
+}
+
+/// Largest address space the process has had, in KiB.
+fn peak_address_space() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmPeak:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// The library keeps the number of a file it has made up, even after a forget.
+#[test]
+fn node_numbers_are_made_of_the_hosts() {
+    use std::os::unix::fs::MetadataExt;
+    let driver = Driver::new("nodes");
+    let node = driver.lookup("file").node();
+    let number = fs::metadata(driver._directory.0.join("inside/file")).unwrap().ino();
+    assert_eq!(node & ((1 << 47) - 1), number);
+    assert_eq!(driver.ask(op::FORGET, node, &1_u64.to_le_bytes()).error, i32::MIN);
+    assert_ne!(driver.ask(op::OPEN, node, &[0; 8]).error, 0, "a forgotten node is unknown");
+    assert_eq!(driver.lookup("file").node(), node);
+}
+
+#[test]
+fn fifos_are_not_opened_on_the_host() {
+    let driver = Driver::new("fifo");
+    let make = [&(libc::S_IFIFO | 0o600).to_le_bytes()[..], &[0; 12], b"fifo\0"].concat();
+    assert_eq!(driver.ask(op::MKNOD, ROOT, &make).error, 0);
+    let node = driver.lookup("fifo").node();
+    assert_eq!(driver.ask(op::OPEN, node, &[0; 8]).error, libc::EBADF);
 }
 
 #[test]

@@ -5,17 +5,17 @@ use std::fmt;
 use std::os::fd::{AsRawFd, RawFd};
 
 use fuse_backend_rs::api::server;
-use fuse_backend_rs::passthrough::PassthroughFs;
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::bounded::Bounded;
 use super::negotiation;
 use super::request::{self, Header, IN_HEADER, Judgement};
 use crate::virtio::device::{Activation, DeviceError, Worker};
 use crate::virtio::queue::{Chain, LiveQueue};
 
-pub(super) type Server = server::Server<PassthroughFs>;
+pub(super) type Server = server::Server<Bounded>;
 
 /// Requests served from one queue before the other one is looked at: a flood of forgets must not stop the files.
 const BUDGET: usize = 64;
@@ -82,7 +82,7 @@ pub(super) fn serve_queue(
 /// Serves one request and says how long the reply is.
 fn serve(server: &Server, memory: &GuestMemoryMmap, chain: Chain<'_>) -> Result<u32, DeviceError> {
     let shape = Shape::of(memory, chain.clone())?;
-    match request::judge(shape.header, shape.readable, shape.writable, shape.body()) {
+    match request::judge(shape.header, shape.readable, shape.writable) {
         Judgement::Drop => Ok(0),
         Judgement::Answer(error) => refuse(memory, &shape, error),
         Judgement::Serve => {
@@ -131,8 +131,6 @@ struct Shape {
     readable: u64,
     writable: u64,
     peek: [u8; PEEK],
-    /// Bytes of `peek` that the request has.
-    peeked: usize,
     /// Where the front of the reply goes: its places and their sizes.
     reply_room: Vec<(GuestAddress, usize)>,
 }
@@ -167,12 +165,7 @@ impl Shape {
         }
         let (header, peek) = front.split_first_chunk().unwrap_or((&[0; IN_HEADER], &[]));
         let peek = peek.first_chunk().copied().unwrap_or_default();
-        let peeked = filled.saturating_sub(IN_HEADER);
-        Ok(Self { header: Header::parse(header), readable, writable, peek, peeked, reply_room })
-    }
-
-    fn body(&self) -> &[u8] {
-        &self.peek[..self.peeked]
+        Ok(Self { header: Header::parse(header), readable, writable, peek, reply_room })
     }
 
     /// Writes the front of the reply, as far as the guest has room for it.

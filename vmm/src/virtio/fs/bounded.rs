@@ -1,0 +1,122 @@
+//! The library's file system, with what a guest may ask of it bounded. Here and not where requests are judged, because
+//! the library reads them a second time, and another vCPU may have changed them in between: what is bounded here is what
+//! is served.
+
+use std::ffi::CStr;
+use std::io;
+use std::time::Duration;
+
+use fuse_backend_rs::abi::fuse_abi::{CreateIn, stat64, statvfs64};
+use fuse_backend_rs::api::filesystem::{
+    Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
+    SetattrValid, ZeroCopyReader, ZeroCopyWriter,
+};
+use fuse_backend_rs::passthrough::PassthroughFs;
+
+type Inode = u64;
+type Handle = u64;
+type Opened = (Option<Handle>, OpenOptions, Option<u32>);
+type Created = (Entry, Option<Handle>, OpenOptions, Option<u32>);
+type AddEntry<'a> = &'a mut dyn FnMut(DirEntry<'_>) -> io::Result<usize>;
+type AddEntryPlus<'a> = &'a mut dyn FnMut(DirEntry<'_>, Entry) -> io::Result<usize>;
+
+/// `XATTR_SIZE_MAX` and `XATTR_LIST_MAX`: no attribute and no list of them is larger, and the library allocates what the
+/// guest has room for, up to 4 GiB.
+const MAX_XATTR: u32 = 64 << 10;
+/// Most of a directory read at once, which the library allocates, too.
+const MAX_LISTING: u32 = 1 << 20;
+
+/// What the guest is served from.
+pub(super) struct Bounded(pub(super) PassthroughFs);
+
+macro_rules! forward {
+    ($($name:ident($($argument:ident: $kind:ty),*) -> $answer:ty;)*) => {
+        $(fn $name(&self, $($argument: $kind),*) -> $answer {
+            self.0.$name($($argument),*)
+        })*
+    };
+}
+
+impl FileSystem for Bounded {
+    type Inode = Inode;
+    type Handle = Handle;
+
+    /// Linux resolves `.` and `..` itself and never asks. The library would walk up, as far as the share's root.
+    fn lookup(&self, context: &Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
+        match name.to_bytes() {
+            b"." | b".." => Err(io::Error::from_raw_os_error(libc::ENOENT)),
+            _ => self.0.lookup(context, parent, name),
+        }
+    }
+
+    fn getxattr(&self, context: &Context, inode: Inode, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
+        self.0.getxattr(context, inode, name, size.min(MAX_XATTR))
+    }
+
+    fn listxattr(&self, context: &Context, inode: Inode, size: u32) -> io::Result<ListxattrReply> {
+        self.0.listxattr(context, inode, size.min(MAX_XATTR))
+    }
+
+    fn readdir(
+        &self,
+        context: &Context,
+        inode: Inode,
+        handle: Handle,
+        size: u32,
+        offset: u64,
+        add: AddEntry<'_>,
+    ) -> io::Result<()> {
+        self.0.readdir(context, inode, handle, size.min(MAX_LISTING), offset, add)
+    }
+
+    fn readdirplus(
+        &self,
+        context: &Context,
+        inode: Inode,
+        handle: Handle,
+        size: u32,
+        offset: u64,
+        add: AddEntryPlus<'_>,
+    ) -> io::Result<()> {
+        self.0.readdirplus(context, inode, handle, size.min(MAX_LISTING), offset, add)
+    }
+
+    // All else the library has; what it has not keeps the trait's answer, ENOSYS.
+    forward! {
+        init(capable: FsOptions) -> io::Result<FsOptions>;
+        destroy() -> ();
+        forget(c: &Context, inode: Inode, count: u64) -> ();
+        batch_forget(c: &Context, requests: Vec<(Inode, u64)>) -> ();
+        statfs(c: &Context, inode: Inode) -> io::Result<statvfs64>;
+        getattr(c: &Context, inode: Inode, handle: Option<Handle>) -> io::Result<(stat64, Duration)>;
+        setattr(c: &Context, inode: Inode, attributes: stat64, handle: Option<Handle>, valid: SetattrValid)
+            -> io::Result<(stat64, Duration)>;
+        access(c: &Context, inode: Inode, mask: u32) -> io::Result<()>;
+        readlink(c: &Context, inode: Inode) -> io::Result<Vec<u8>>;
+        symlink(c: &Context, target: &CStr, parent: Inode, name: &CStr) -> io::Result<Entry>;
+        mknod(c: &Context, parent: Inode, name: &CStr, mode: u32, device: u32, umask: u32) -> io::Result<Entry>;
+        mkdir(c: &Context, parent: Inode, name: &CStr, mode: u32, umask: u32) -> io::Result<Entry>;
+        unlink(c: &Context, parent: Inode, name: &CStr) -> io::Result<()>;
+        rmdir(c: &Context, parent: Inode, name: &CStr) -> io::Result<()>;
+        rename(c: &Context, from: Inode, old: &CStr, to: Inode, new: &CStr, flags: u32) -> io::Result<()>;
+        link(c: &Context, inode: Inode, parent: Inode, name: &CStr) -> io::Result<Entry>;
+        open(c: &Context, inode: Inode, flags: u32, fuse_flags: u32) -> io::Result<Opened>;
+        create(c: &Context, parent: Inode, name: &CStr, arguments: CreateIn) -> io::Result<Created>;
+        read(c: &Context, inode: Inode, handle: Handle, to: &mut dyn ZeroCopyWriter, size: u32, offset: u64,
+            owner: Option<u64>, flags: u32) -> io::Result<usize>;
+        write(c: &Context, inode: Inode, handle: Handle, from: &mut dyn ZeroCopyReader, size: u32, offset: u64,
+            owner: Option<u64>, delayed: bool, flags: u32, fuse_flags: u32) -> io::Result<usize>;
+        flush(c: &Context, inode: Inode, handle: Handle, owner: u64) -> io::Result<()>;
+        fsync(c: &Context, inode: Inode, data_only: bool, handle: Handle) -> io::Result<()>;
+        fallocate(c: &Context, inode: Inode, handle: Handle, mode: u32, offset: u64, length: u64)
+            -> io::Result<()>;
+        lseek(c: &Context, inode: Inode, handle: Handle, offset: u64, whence: u32) -> io::Result<u64>;
+        release(c: &Context, inode: Inode, flags: u32, handle: Handle, flush: bool, unlock: bool,
+            owner: Option<u64>) -> io::Result<()>;
+        opendir(c: &Context, inode: Inode, flags: u32) -> io::Result<(Option<Handle>, OpenOptions)>;
+        fsyncdir(c: &Context, inode: Inode, data_only: bool, handle: Handle) -> io::Result<()>;
+        releasedir(c: &Context, inode: Inode, flags: u32, handle: Handle) -> io::Result<()>;
+        setxattr(c: &Context, inode: Inode, name: &CStr, value: &[u8], flags: u32) -> io::Result<()>;
+        removexattr(c: &Context, inode: Inode, name: &CStr) -> io::Result<()>;
+    }
+}
