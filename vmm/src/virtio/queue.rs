@@ -11,8 +11,14 @@ use vmm_sys_util::eventfd::EventFd;
 use super::device::DeviceError;
 use super::irq::Interrupt;
 
-/// A chain of descriptors over the guest's memory; iterates with a bound on its length.
+/// A chain of descriptors over the guest's memory; iterates with a bound on its length, but a loose one, see
+/// [`MAX_PARTS`].
 pub type Chain<'m> = DescriptorChain<&'m GuestMemoryMmap>;
+
+/// Most descriptors looked at in one chain of a small device. `VIRTIO_F_INDIRECT_DESC` is not offered, but a guest may
+/// use an indirect table all the same: 65,535 parts for one slot of the queue, each of them a walk on the event loop.
+/// Linux' longest chain is a vsock packet of 64 KiB in single pages, or in the 45 fragments a socket buffer may have.
+pub const MAX_PARTS: usize = 64;
 
 /// Addresses and size of a queue, as the driver has written them so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

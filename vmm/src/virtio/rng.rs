@@ -11,7 +11,7 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestMemoryError, GuestMemoryMmap, ReadVolatile};
 
 use super::device::{Activation, Device, DeviceError, DeviceKind, Worker};
-use super::queue::LiveQueue;
+use super::queue::{LiveQueue, MAX_PARTS};
 
 /// Linux keeps one request under way; a few more cost nothing.
 const QUEUE_SIZES: [u16; 1] = [8];
@@ -92,14 +92,21 @@ impl Worker for RngWorker {
 /// A chain without a writable part breaks the specification (5.4.6.1) but harms nobody: it gets 0 bytes.
 ///
 /// # Errors
-/// [`DeviceError::Memory`] for an address outside of guest memory, [`DeviceError::Host`] when `source` fails.
+/// [`DeviceError::BadChain`] for more than [`MAX_PARTS`] parts, [`DeviceError::Memory`] for an address outside of guest
+/// memory, [`DeviceError::Host`] when `source` fails.
 pub fn fill(
     memory: &GuestMemoryMmap,
     chain: impl Iterator<Item = Descriptor>,
     source: &mut impl ReadVolatile,
 ) -> Result<u32, DeviceError> {
     let mut written = 0;
-    for descriptor in chain.filter(Descriptor::is_write_only) {
+    for (part, descriptor) in chain.enumerate() {
+        if part == MAX_PARTS {
+            return Err(DeviceError::BadChain("request for entropy has too many parts"));
+        }
+        if !descriptor.is_write_only() {
+            continue;
+        }
         let len = descriptor.len().min(MAX_REQUEST - written);
         memory.read_exact_volatile_from(descriptor.addr(), source, len as usize).map_err(
             |error| match error {
@@ -190,6 +197,25 @@ mod tests {
         let (mut worker, ..) = worker(&memory, &mock);
         worker.run().unwrap();
         assert_eq!(used(&mock, 0), MAX_REQUEST);
+    }
+
+    /// Neither parts that can be written nor parts that cannot are followed without end.
+    #[test]
+    fn long_indirect_table_costs_the_device() {
+        for (flags, parts) in [(WRITE, 65), (0, 65), (0, 65_535)] {
+            let memory = testing::memory(4);
+            let mock = Mock::new(&memory, 8);
+            let table = testing::indirect_table(&memory, (BUFFER, 1, flags), parts);
+            mock.add_desc_chains(&[table], 0).unwrap();
+            let (mut worker, ..) = worker(&memory, &mock);
+            assert!(matches!(worker.run(), Err(DeviceError::BadChain(_))), "{flags} {parts}");
+        }
+        let memory = testing::memory(4);
+        let mock = Mock::new(&memory, 8);
+        mock.add_desc_chains(&[testing::indirect_table(&memory, (BUFFER, 1, WRITE), 64)], 0).unwrap();
+        let (mut worker, ..) = worker(&memory, &mock);
+        worker.run().unwrap();
+        assert_eq!(used(&mock, 0), 64);
     }
 
     #[test]

@@ -19,6 +19,9 @@ pub(super) type Server = server::Server<Bounded>;
 
 /// Requests served from one queue before the other one is looked at: a flood of forgets must not stop the files.
 const BUDGET: usize = 64;
+/// Most descriptors of a request: the queue has no more, and the library holds a slice for each. An indirect table, which
+/// is not offered, could have 65,535.
+const MAX_PARTS: usize = super::QUEUE_SIZES[1] as usize;
 /// Bytes behind the header that are looked at.
 const PEEK: usize = negotiation::REQUEST;
 /// Bytes of the reply that this device writes itself.
@@ -141,7 +144,10 @@ impl Shape {
         let (mut filled, mut readable, mut writable) = (0, 0, 0);
         let mut reply_room = Vec::new();
         let mut room = 0;
-        for descriptor in chain {
+        for (part, descriptor) in chain.enumerate() {
+            if part == MAX_PARTS {
+                return Err(DeviceError::BadChain("a FUSE request has too many parts"));
+            }
             let len = descriptor.len() as usize;
             // In one region, as the library needs it.
             memory.get_slice(descriptor.addr(), len).map_err(DeviceError::Memory)?;

@@ -8,7 +8,7 @@ use virtio_vsock::packet::{PKT_HEADER_SIZE, VsockPacket};
 use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, VolatileSlice};
 
 use crate::virtio::device::DeviceError;
-use crate::virtio::queue::Chain;
+use crate::virtio::queue::{Chain, MAX_PARTS};
 
 /// CID by which the guest calls the host (virtio 1.2, 5.10.4).
 pub(super) const HOST_CID: u64 = 2;
@@ -158,9 +158,13 @@ impl<'m> GuestPacket<'m> {
         // Since Linux 6.2 header and payload may share one descriptor. The sum cannot wrap: the header was read there.
         let rest = (first.addr().0.saturating_add(Header::SIZE as u64), first.len() as usize - Header::SIZE);
         let others = chain.map(|d| (d.is_write_only(), (d.addr().0, d.len() as usize)));
-        for (write_only, (address, len)) in std::iter::once((false, rest)).chain(others) {
+        let parts = std::iter::once((false, rest)).chain(others);
+        for (part, (write_only, (address, len))) in parts.enumerate() {
             if missing == 0 {
                 break;
+            }
+            if part == MAX_PARTS {
+                return Err(DeviceError::BadChain("packet has too many parts"));
             }
             if write_only {
                 return Err(DeviceError::BadChain("packet payload is not readable"));

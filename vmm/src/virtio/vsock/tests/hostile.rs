@@ -9,7 +9,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::super::connections::{MAX_RESETS, NARROW_WINDOW, WIDE_CONNECTIONS, WIDE_WINDOW};
 use super::super::packet::{HOST_CID, Header, Op, SHUTDOWN_SEND};
 use super::driver::{CID, FREE_MEMORY, Framing, Guest, HEADER, MEMORY_MIB, Prng, read_available};
-use crate::testing::{NEXT, WRITE};
+use crate::testing::{self, NEXT, WRITE};
+use crate::virtio::device::DeviceError;
 
 const PORT: u32 = 1024;
 const OUTSIDE: u64 = 1 << 40;
@@ -46,6 +47,24 @@ fn malformed_transmit_chains_cost_the_device() {
         }
         guest.offer_tx(0);
         assert!(guest.step().is_err(), "{what}");
+    }
+}
+
+/// A header and empty parts, or parts of a byte, from a table that the device has not offered to follow.
+#[test]
+fn packets_in_a_long_indirect_table_cost_the_device() {
+    for (part, parts) in [(0, 65_535), (1, 65)] {
+        let mut guest = Guest::new(8);
+        let packet = Header { len: 100, ..Guest::header(Op::Data, 1, PORT) };
+        guest.memory.write_slice(&packet.to_bytes(), GuestAddress(FREE_MEMORY)).unwrap();
+        let head = testing::indirect_table(&guest.memory, (FREE_MEMORY, part, 0), parts);
+        let table = virtio_queue::desc::split::Descriptor::from(head);
+        // The first part holds the header.
+        guest.memory.write_obj(HEADER, GuestAddress(table.addr().0 + 8)).unwrap();
+        guest.tx.describe(&guest.memory, 0, (table.addr().0, table.len(), table.flags(), 0));
+        guest.offer_tx(0);
+        let result = guest.step();
+        assert!(matches!(result, Err(DeviceError::BadChain("packet has too many parts"))), "{result:?}");
     }
 }
 
