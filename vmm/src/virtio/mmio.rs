@@ -9,6 +9,7 @@ use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_F_VERSION_1,
 };
 use virtio_bindings::virtio_mmio as register;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -94,7 +95,7 @@ impl<H: WorkerHost> MmioTransport<H> {
     }
 
     fn offered(&self) -> u64 {
-        self.device.features() | 1 << VIRTIO_F_VERSION_1
+        self.device.features() | 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX
     }
 
     fn queue(&self) -> Option<&QueueConfig> {
@@ -209,10 +210,13 @@ impl<H: WorkerHost> MmioTransport<H> {
     }
 
     fn start(&mut self) -> Result<Box<dyn Running>, DeviceError> {
+        let event_idx = self.features >> VIRTIO_RING_F_EVENT_IDX & 1 == 1;
         let mut queues = Vec::with_capacity(self.queues.len());
         for (config, kick) in self.queues.iter().zip(&self.kicks) {
             let kick = kick.try_clone().map_err(DeviceError::Host)?;
-            queues.push(config.activate(&self.memory, kick, self.interrupt.clone())?);
+            let mut queue = config.activate(&self.memory, kick, self.interrupt.clone())?;
+            queue.set_event_idx(event_idx);
+            queues.push(queue);
         }
         let activation = Activation {
             memory: self.memory.clone(),
@@ -421,7 +425,7 @@ mod tests {
         assert_eq!(guest.read(register::VIRTIO_MMIO_QUEUE_NUM_MAX), 16);
         guest.write(register::VIRTIO_MMIO_QUEUE_SEL, 2);
         assert_eq!(guest.read(register::VIRTIO_MMIO_QUEUE_NUM_MAX), 0, "there is no third queue");
-        assert_eq!(guest.read(register::VIRTIO_MMIO_DEVICE_FEATURES), 1 << 3);
+        assert_eq!(guest.read(register::VIRTIO_MMIO_DEVICE_FEATURES), 1 << 3 | 1 << VIRTIO_RING_F_EVENT_IDX);
         guest.write(register::VIRTIO_MMIO_DEVICE_FEATURES_SEL, 1);
         assert_eq!(guest.read(register::VIRTIO_MMIO_DEVICE_FEATURES), 1);
         guest.write(register::VIRTIO_MMIO_DEVICE_FEATURES_SEL, u32::MAX);

@@ -55,13 +55,15 @@ impl Prng {
 pub(super) struct Ring {
     base: u64,
     size: u16,
+    /// Whether event indices were negotiated.
+    event_idx: bool,
     pub(super) available: u16,
     used: u16,
 }
 
 impl Ring {
-    fn new(index: u64, size: u16) -> Self {
-        Self { base: 0x1_0000 * (index + 1), size, available: 0, used: 0 }
+    fn new(index: u64, size: u16, event_idx: bool) -> Self {
+        Self { base: 0x1_0000 * (index + 1), size, event_idx, available: 0, used: 0 }
     }
 
     fn config(&self) -> QueueConfig {
@@ -102,13 +104,22 @@ impl Ring {
         }
         let at = self.base + 0x8004 + u64::from(self.used % self.size) * 8;
         self.used = self.used.wrapping_add(1);
+        // The next one shall interrupt.
+        let used_event = self.base + 0x4004 + u64::from(self.size) * 2;
+        memory.write_obj(self.used, GuestAddress(used_event)).unwrap();
         let head: u32 = memory.read_obj(GuestAddress(at)).unwrap();
         let len: u32 = memory.read_obj(GuestAddress(at + 4)).unwrap();
         Some((u16::try_from(head).unwrap(), len))
     }
 
-    pub(super) fn kicks_wanted(&self, memory: &GuestMemoryMmap) -> bool {
-        memory.read_obj::<u16>(GuestAddress(self.base + 0x8000)).unwrap() == 0
+    /// Whether the device wants to be told of the chain offered last.
+    fn kick_wanted(&self, memory: &GuestMemoryMmap) -> bool {
+        let read = |at| memory.read_obj::<u16>(GuestAddress(at)).unwrap();
+        if self.event_idx {
+            read(self.base + 0x8004 + u64::from(self.size) * 8) == self.available.wrapping_sub(1)
+        } else {
+            read(self.base + 0x8000) == 0
+        }
     }
 }
 
@@ -129,6 +140,7 @@ pub(super) struct Guest {
     pub(super) device: Vsock,
     pub(super) irq: EventFd,
     pub(super) received: VecDeque<(Header, Vec<u8>)>,
+    event_idx: bool,
     /// Receive buffers that came back are offered again.
     pub(super) recycle: bool,
     rx_kick: EventFd,
@@ -140,11 +152,15 @@ pub(super) struct Guest {
 }
 
 impl Guest {
-    /// With `buffers` receive buffers of Linux's size.
+    /// With `buffers` receive buffers of Linux's size, and event indices as it has them.
     pub(super) fn new(buffers: u16) -> Self {
+        Self::with(buffers, true)
+    }
+
+    pub(super) fn with(buffers: u16, event_idx: bool) -> Self {
         let dir = TempDir::new().unwrap();
         let mut device = Vsock::new(CID, dir.as_path().join("v")).unwrap();
-        let (memory, rx, tx, parts) = Self::start(&mut device);
+        let (memory, rx, tx, parts) = Self::start(&mut device, event_idx);
         let (worker, irq, rx_kick, tx_kick) = parts;
         let received = VecDeque::new();
         let tx_free = (0..TX_SLOTS).collect();
@@ -156,6 +172,7 @@ impl Guest {
             device,
             irq,
             received,
+            event_idx,
             recycle: true,
             rx_kick,
             tx_kick,
@@ -170,13 +187,20 @@ impl Guest {
         guest
     }
 
-    fn start(device: &mut Vsock) -> (GuestMemoryMmap, Ring, Ring, (VsockWorker, EventFd, EventFd, EventFd)) {
+    fn start(
+        device: &mut Vsock,
+        event_idx: bool,
+    ) -> (GuestMemoryMmap, Ring, Ring, (VsockWorker, EventFd, EventFd, EventFd)) {
         let memory = testing::memory(MEMORY_MIB);
-        let rings: Vec<Ring> = (0..3).zip(QUEUE_SIZES).map(|(i, size)| Ring::new(i, size)).collect();
+        let rings: Vec<Ring> =
+            (0..3).zip(QUEUE_SIZES).map(|(i, size)| Ring::new(i, size, event_idx)).collect();
         let (interrupt, irq) = testing::interrupt();
         let kicks: Vec<EventFd> = (0..3).map(|_| testing::event()).collect();
         let queues = rings.iter().zip(&kicks).map(|(ring, kick)| {
-            ring.config().activate(&memory, kick.try_clone().unwrap(), interrupt.clone()).unwrap()
+            let mut queue =
+                ring.config().activate(&memory, kick.try_clone().unwrap(), interrupt.clone()).unwrap();
+            queue.set_event_idx(event_idx);
+            queue
         });
         let queues = queues.collect();
         let activation = Activation { memory: memory.clone(), features: 0, queues, interrupt };
@@ -190,7 +214,7 @@ impl Guest {
 
     /// The driver resets the device and starts it anew; all of its own state is gone.
     pub(super) fn restart(&mut self, buffers: u16) {
-        let (memory, rx, tx, (worker, irq, rx_kick, tx_kick)) = Self::start(&mut self.device);
+        let (memory, rx, tx, (worker, irq, rx_kick, tx_kick)) = Self::start(&mut self.device, self.event_idx);
         (self.memory, self.rx, self.tx, self.worker) = (memory, rx, tx, worker);
         (self.irq, self.rx_kick, self.tx_kick) = (irq, rx_kick, tx_kick);
         self.tx_free = (0..TX_SLOTS).collect();
@@ -223,14 +247,14 @@ impl Guest {
 
     pub(super) fn offer_rx(&mut self, head: u16) {
         self.rx.offer(&self.memory, head);
-        if self.rx.kicks_wanted(&self.memory) {
+        if self.rx.kick_wanted(&self.memory) {
             self.rx_kick.write(1).unwrap();
         }
     }
 
     pub(super) fn offer_tx(&mut self, head: u16) {
         self.tx.offer(&self.memory, head);
-        if self.tx.kicks_wanted(&self.memory) {
+        if self.tx.kick_wanted(&self.memory) {
             self.tx_kick.write(1).unwrap();
         }
     }
