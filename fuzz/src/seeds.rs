@@ -109,7 +109,7 @@ impl Steps {
 }
 
 fn rng() -> Vec<u8> {
-    let steps = Steps::start(&[16]).describe(0, 0, 0x10_0000, 64, 2).offer(0, 0).run();
+    let steps = Steps::start(&[8]).describe(0, 0, 0x10_0000, 64, 2).offer(0, 0).run();
     steps.register(0x70, 0).0
 }
 
