@@ -13,10 +13,10 @@ use event_manager::{
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::sys;
 use crate::virtio::device::{Device, DeviceError, Placement, Worker};
 use crate::virtio::irq::Interrupt;
 use crate::virtio::mmio::{Running, WorkerHost};
-use crate::{report, sys};
 
 /// What the loop holds.
 pub type Subscriber = Box<dyn MutEventSubscriber + Send>;
@@ -129,7 +129,7 @@ impl WorkerHost for Workers {
         of: &dyn Device,
         interrupt: Interrupt,
     ) -> Result<Box<dyn Running>, DeviceError> {
-        let name = format!("krx-{:?}", of.kind()).to_lowercase();
+        let name = format!("krx-{}", of.kind().name());
         match of.placement() {
             Placement::EventLoop => {
                 let events = Events::new_raw(worker.fd(), EventSet::IN);
@@ -225,8 +225,7 @@ fn wait(fd: RawFd, stop: &EventFd) -> io::Result<bool> {
 }
 
 fn broken(name: &str, error: &DeviceError, interrupt: &Interrupt) {
-    report::warn(&format!("{name}: device stopped, the guest must reset it"), error);
-    interrupt.request_reset();
+    interrupt.request_reset(&format!("{name}: device stopped, the guest must reset it"), error);
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
 use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::arch::x86_64::layout;
 use crate::bus::Bus;
@@ -41,8 +42,13 @@ impl<'a> Slots<'a> {
         let irq = layout::VIRTIO_IRQ + slot;
         let interrupt = Interrupt::new(self.vm.irqfd(irq)?);
         let notify = address + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY);
+        // A kick that nobody hears ends in the transport, which ignores it.
+        let kick = |queue| match device.hears(queue) {
+            true => self.vm.ioeventfd(notify, queue),
+            false => EventFd::new(EFD_NONBLOCK).map_err(KvmError::EventFd),
+        };
         let kicks: Result<Vec<_>, _> =
-            (0..).zip(device.queue_sizes()).map(|(queue, _)| self.vm.ioeventfd(notify, queue)).collect();
+            (0..).zip(device.queue_sizes()).map(|(queue, _)| kick(queue)).collect();
         let transport =
             MmioTransport::new(device, self.memory.clone(), interrupt, kicks?, self.workers.clone());
         self.bus.attach(address, layout::VIRTIO_MMIO_SIZE, Arc::new(Mutex::new(transport)));

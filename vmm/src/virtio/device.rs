@@ -23,13 +23,18 @@ pub trait Device: Send {
     /// Device ID of virtio 1.2, section 5.
     fn kind(&self) -> DeviceKind;
 
-    /// Feature bits offered. The transport adds `VIRTIO_F_VERSION_1`.
+    /// Feature bits offered. The transport adds its own: `VIRTIO_F_VERSION_1` and `VIRTIO_RING_F_EVENT_IDX`.
     fn features(&self) -> u64 {
         0
     }
 
     /// Largest size of each queue; their number is the number of queues.
     fn queue_sizes(&self) -> &[u16];
+
+    /// Whether the worker waits for kicks of `queue`. Where it does not, the kernel is not asked to catch them.
+    fn hears(&self, _queue: u32) -> bool {
+        true
+    }
 
     /// Fills `data` from the configuration space; bytes beyond its end read as zero.
     fn read_config(&self, _offset: u64, data: &mut [u8]) {
@@ -55,6 +60,18 @@ pub enum DeviceKind {
     Rng = virtio_bindings::virtio_ids::VIRTIO_ID_RNG,
     Vsock = virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK,
     Fs = virtio_bindings::virtio_ids::VIRTIO_ID_FS,
+}
+
+impl DeviceKind {
+    /// What people call it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Rng => "rng",
+            Self::Vsock => "vsock",
+            Self::Fs => "fs",
+        }
+    }
 }
 
 /// Whether a worker shares the event loop's thread or has its own, because it blocks on the host's file systems.

@@ -5,6 +5,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::device::DeviceError;
+use crate::report::Limited;
+
 /// InterruptStatus bit "used buffer notification" (virtio 1.2, 4.2.2).
 pub const USED_BUFFER: u32 = 1;
 /// InterruptStatus bit "configuration change notification".
@@ -22,13 +25,16 @@ struct Shared {
     /// Set once by [`Interrupt::request_reset`]; part of the Status register until the driver resets.
     needs_reset: AtomicU32,
     irq: EventFd,
+    /// Outlives resets: a guest may break its device as often as it likes.
+    warnings: Limited,
 }
 
 impl Interrupt {
     /// `irq` is registered with KVM as an irqfd; in tests it is an eventfd to count.
     #[must_use]
     pub fn new(irq: EventFd) -> Self {
-        let shared = Shared { pending: AtomicU32::new(0), needs_reset: AtomicU32::new(0), irq };
+        let (pending, needs_reset) = (AtomicU32::new(0), AtomicU32::new(0));
+        let shared = Shared { pending, needs_reset, irq, warnings: Limited::default() };
         Self { shared: Arc::new(shared) }
     }
 
@@ -37,8 +43,9 @@ impl Interrupt {
         self.raise(USED_BUFFER);
     }
 
-    /// Tells the driver that the device is broken until reset (virtio 1.2, 2.1.2).
-    pub fn request_reset(&self) {
+    /// Tells the driver that the device is broken until reset (virtio 1.2, 2.1.2), and the log why.
+    pub fn request_reset(&self, what: &str, why: &DeviceError) {
+        self.shared.warnings.warn(what, why);
         let needs_reset = virtio_bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
         self.shared.needs_reset.store(needs_reset, Ordering::SeqCst);
         self.raise(CONFIG_CHANGE);

@@ -195,16 +195,11 @@ impl<H: WorkerHost> MmioTransport<H> {
 
     fn activate(&mut self) {
         match self.start() {
-            Ok(running) => {
-                self.running = Some(running);
-                // A driver may have notified before the worker watched the eventfds.
-                for kick in &self.kicks {
-                    let _ = kick.write(1);
-                }
-            }
+            // A driver that has notified already is heard: an eventfd keeps what was signalled before it was watched.
+            Ok(running) => self.running = Some(running),
             Err(error) => {
-                crate::report::warn(&format!("virtio {:?} device not started", self.device.kind()), &error);
-                self.interrupt.request_reset();
+                let what = format!("virtio {} device not started", self.device.kind().name());
+                self.interrupt.request_reset(&what, &error);
             }
         }
     }
@@ -441,6 +436,16 @@ mod tests {
             assert_eq!(guest.set_status(0), 0);
             assert_eq!(guest.workers(), 0);
         }
+    }
+
+    /// The worker finds a notification that came before it; nothing else wakes it.
+    #[test]
+    fn only_the_driver_kicks() {
+        let mut guest = Guest::new();
+        guest.transport.kicks[1].write(1).unwrap();
+        assert_eq!(guest.start(), DRIVER_OK);
+        assert!(guest.transport.kicks[0].read().is_err());
+        assert_eq!(guest.transport.kicks[1].read().unwrap(), 1);
     }
 
     #[test]

@@ -35,6 +35,8 @@ use crate::host_socket::{BindError, Listener};
 /// Receive, transmit and event queue. Linux lends a page for each place in the receive queue from boot on, so a longer
 /// one is memory that every idle guest pays for; 128 hold what a connection may have in flight (256 KiB) and more.
 const QUEUE_SIZES: [u16; 3] = [128, 128, 16];
+/// Carries "transport reset" after a migration (virtio 1.2, 5.10.6.7) and nothing else: buffers put there only lie.
+const EVENT_QUEUE: u32 = 2;
 
 /// The vsock device of one guest.
 #[derive(Debug)]
@@ -61,6 +63,10 @@ impl Device for Vsock {
 
     fn queue_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
+    }
+
+    fn hears(&self, queue: u32) -> bool {
+        queue != EVENT_QUEUE
     }
 
     /// `struct virtio_vsock_config`: the guest's CID.

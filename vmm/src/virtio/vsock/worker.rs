@@ -47,7 +47,7 @@ pub(super) struct VsockWorker {
     more: EventFd,
     receive: ReceiveRing,
     transmit: TransmitRing,
-    /// Only ever carries "transport reset" after a migration (virtio 1.2, 5.10.6.7).
+    /// Nothing is said there, see `EVENT_QUEUE`.
     _events: LiveQueue,
     listener: Arc<Listener>,
     /// The listener is not watched because the process ran out of descriptors.
