@@ -1,6 +1,6 @@
 //! What CPUID tells the guest: KVM's supported leaves, with topology, APIC IDs and the TSC frequency filled in.
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 const LEAF_FEATURES: u32 = 0x1;
 const LEAF_CACHE: u32 = 0x4;
@@ -33,6 +33,9 @@ pub struct Topology {
 #[must_use]
 pub fn for_vcpu(supported: &CpuId, topology: Topology) -> CpuId {
     let mut cpuid = supported.clone();
+    if topology.count > 1 {
+        add_core_levels(&mut cpuid);
+    }
     for entry in cpuid.as_mut_slice() {
         adjust(entry, topology);
     }
@@ -41,6 +44,19 @@ pub fn for_vcpu(supported: &CpuId, topology: Topology) -> CpuId {
         let _ = cpuid.push(kvm_cpuid_entry2 { function: LEAF_TIMING, eax: tsc_khz, ..Default::default() });
     }
     cpuid
+}
+
+/// From Linux 6.2 on KVM lists only the first level of the topology leaves. Without the second, the level of cores, every
+/// vCPU would be a package of its own.
+fn add_core_levels(cpuid: &mut CpuId) {
+    for function in [LEAF_TOPOLOGY, LEAF_TOPOLOGY_V2] {
+        let has = |index| cpuid.as_slice().iter().any(|e| e.function == function && e.index == index);
+        if has(0) && !has(1) {
+            let flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
+            // No room left in the table (KVM's own maximum) costs the level: the guest boots with more packages.
+            let _ = cpuid.push(kvm_cpuid_entry2 { function, index: 1, flags, ..Default::default() });
+        }
+    }
 }
 
 fn adjust(entry: &mut kvm_cpuid_entry2, Topology { id, count, tsc_khz }: Topology) {
@@ -121,6 +137,30 @@ mod tests {
         let core = leaf(LEAF_TOPOLOGY, 1, LAST_OF_SIX);
         assert_eq!((core.eax, core.ebx, core.ecx >> 8, core.edx), (3, 6, LEVEL_CORE, 5));
         assert_eq!(leaf(LEAF_TOPOLOGY, 0, LAST_OF_SIX).ebx, 1);
+    }
+
+    #[test]
+    fn level_of_cores_is_added_where_kvm_lists_the_first_only() {
+        let only_first = |function| kvm_cpuid_entry2 {
+            function,
+            flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+            ..Default::default()
+        };
+        let levels = |all: &[kvm_cpuid_entry2], function, topology| {
+            let cpuid = for_vcpu(&CpuId::from_entries(all).unwrap(), topology);
+            let of_leaf = cpuid.as_slice().iter().filter(|e| e.function == function);
+            of_leaf.map(|e| (e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx)).collect::<Vec<_>>()
+        };
+        let both = [only_first(LEAF_TOPOLOGY), only_first(LEAF_TOPOLOGY_V2)];
+        for function in [LEAF_TOPOLOGY, LEAF_TOPOLOGY_V2] {
+            assert_eq!(
+                levels(&both, function, LAST_OF_SIX),
+                [(0, 1, 0, 1, 0x100, 5), (1, 1, 3, 6, 0x201, 5)]
+            );
+            assert_eq!(levels(&both, function, ONE).len(), 1);
+        }
+        // A leaf that the processor has not is not made up.
+        assert_eq!(levels(&both[..1], LEAF_TOPOLOGY_V2, LAST_OF_SIX), []);
     }
 
     #[test]
