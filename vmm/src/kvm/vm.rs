@@ -30,7 +30,6 @@ pub(super) fn step(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmE
 /// A VM with memory and an in-kernel interrupt controller; no PIT, as the guest needs none.
 #[derive(Debug)]
 pub struct Vm {
-    kvm: Kvm,
     vm: VmFd,
     cpuid: CpuId,
 }
@@ -47,19 +46,13 @@ impl Vm {
         vm.create_irq_chip().map_err(step("creating interrupt controllers"))?;
         map_memory(&vm, memory)?;
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(step("listing CPUID leaves"))?;
-        Ok(Self { kvm, vm, cpuid })
+        Ok(Self { vm, cpuid })
     }
 
     /// CPUID leaves that KVM can show a guest.
     #[must_use]
     pub fn supported_cpuid(&self) -> &CpuId {
         &self.cpuid
-    }
-
-    /// The device descriptor, for capability checks.
-    #[must_use]
-    pub fn kvm(&self) -> &Kvm {
-        &self.kvm
     }
 
     pub(super) fn create_vcpu(&self, id: u8) -> Result<VcpuFd, KvmError> {

@@ -95,8 +95,8 @@ pub fn write_tables(
 ) -> Result<(), BootError> {
     load_cmdline(memory, GuestAddress(layout::CMDLINE), cmdline).map_err(BootError::Cmdline)?;
     memory.write_slice(&mptable::build(vcpus), GuestAddress(layout::MP_TABLE)).map_err(BootError::Tables)?;
-    for (address, word) in regs::tables() {
-        memory.write_obj(word, GuestAddress(address)).map_err(BootError::Tables)?;
+    for (address, table) in regs::tables() {
+        memory.write_slice(&table, GuestAddress(address)).map_err(BootError::Tables)?;
     }
     let params = zero_page(memory, kernel, initramfs);
     memory.write_obj(params, GuestAddress(layout::ZERO_PAGE)).map_err(BootError::Tables)

@@ -1,7 +1,7 @@
 //! Registers for the 64-bit entry of the Linux boot protocol (Documentation/arch/x86/boot.rst, "64-bit Boot
 //! Protocol"): long mode on, the first GiB mapped one to one, flat segments, boot parameters in RSI.
 
-use kvm_bindings::{kvm_fpu, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
 use super::layout;
 
@@ -17,9 +17,6 @@ const LARGE_PAGE: u64 = 1 << 7;
 const LARGE_PAGE_SIZE: u64 = 2 << 20;
 /// RFLAGS bit 1 is always set.
 const RFLAGS_RESERVED: u64 = 1 << 1;
-/// x87 control word and MXCSR after FNINIT / reset.
-const FCW_RESET: u16 = 0x37f;
-const MXCSR_RESET: u32 = 0x1f80;
 
 /// `__BOOT_CS` and `__BOOT_DS` of the boot protocol, and a TSS, which VMX demands.
 const BOOT_CS: u16 = 0x10;
@@ -33,11 +30,6 @@ const TYPE_TSS: u8 = 0xb;
 #[must_use]
 pub fn entry_regs(entry: u64) -> kvm_regs {
     kvm_regs { rip: entry, rsi: layout::ZERO_PAGE, rflags: RFLAGS_RESERVED, ..Default::default() }
-}
-
-#[must_use]
-pub fn entry_fpu() -> kvm_fpu {
-    kvm_fpu { fcw: FCW_RESET, mxcsr: MXCSR_RESET, ..Default::default() }
 }
 
 /// Puts `sregs` into 64-bit mode on the tables of [`tables`].
@@ -82,18 +74,18 @@ const GDT_ENTRIES: [u64; 6] = [
 #[expect(clippy::cast_possible_truncation, reason = "47 fits")]
 const GDT_LIMIT: u16 = size_of_val(&GDT_ENTRIES) as u16 - 1;
 
-/// The GDT and the three pages of the page tables, as `(address, 64-bit words)` to be written to guest memory.
-pub fn tables() -> impl Iterator<Item = (u64, u64)> {
-    const WORD: u64 = 8;
-    let gdt = (0..).zip(GDT_ENTRIES).map(|(i, entry)| (layout::GDT + i * WORD, entry));
-    let upper = [
-        (layout::PML4, layout::PDPT | PRESENT | WRITABLE),
-        (layout::PDPT, layout::PAGE_DIRECTORY | PRESENT | WRITABLE),
-    ];
-    let pages = (0..512).map(|i| {
-        (layout::PAGE_DIRECTORY + i * WORD, (i * LARGE_PAGE_SIZE) | PRESENT | WRITABLE | LARGE_PAGE)
-    });
-    gdt.chain(upper).chain(pages)
+/// The GDT and the three pages of the page tables, as `(address, bytes)` to be written to guest memory that is zero.
+#[must_use]
+pub fn tables() -> [(u64, Vec<u8>); 4] {
+    let bytes = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let pages: Vec<u64> =
+        (0..512).map(|page| (page * LARGE_PAGE_SIZE) | PRESENT | WRITABLE | LARGE_PAGE).collect();
+    [
+        (layout::GDT, bytes(&GDT_ENTRIES)),
+        (layout::PML4, bytes(&[layout::PDPT | PRESENT | WRITABLE])),
+        (layout::PDPT, bytes(&[layout::PAGE_DIRECTORY | PRESENT | WRITABLE])),
+        (layout::PAGE_DIRECTORY, bytes(&pages)),
+    ]
 }
 
 #[cfg(test)]
@@ -102,8 +94,10 @@ mod tests {
 
     #[test]
     fn page_directory_maps_the_first_gib_one_to_one() {
-        let last = tables().last().unwrap();
-        assert_eq!(last, (layout::PAGE_DIRECTORY + 511 * 8, 0x3fe0_0000 | 0x83));
+        let [.., (address, pages)] = tables();
+        assert_eq!((address, pages.len()), (layout::PAGE_DIRECTORY, 4096));
+        assert_eq!(pages[..8], 0x83_u64.to_le_bytes());
+        assert_eq!(pages[511 * 8..], (0x3fe0_0000_u64 | 0x83).to_le_bytes());
     }
 
     #[test]
