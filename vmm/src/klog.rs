@@ -39,16 +39,16 @@ const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
 const DIRECT_MAP: u64 = 0xffff_8880_0000_0000;
 const DIRECT_MAP_SIZE: u64 = 64 << 40;
 
-/// Why there is no log. The text is complete without its source: it is shown in the log's place.
+/// Why there is no log.
 #[derive(Debug, thiserror::Error)]
 pub enum KlogError {
-    #[error("No kernel log: the kernel image cannot be read again")]
+    #[error("The kernel image cannot be read again")]
     Image(#[source] io::Error),
-    #[error("No kernel log: the kernel image has no symbols; use --console")]
+    #[error("The kernel image has no symbols by which its log could be found")]
     NoSymbols,
-    #[error("No kernel log: its ring buffer is not where the kernel image says, or damaged; use --console")]
+    #[error("The log is not where the kernel image says, or damaged")]
     NoRing,
-    #[error("No kernel log: the guest kernel has written nothing")]
+    #[error("The guest's kernel has logged nothing")]
     Empty,
 }
 
@@ -56,7 +56,7 @@ pub enum KlogError {
 /// `[    0.123456] text`. Bytes that are not printable ASCII appear as `\x1b`.
 ///
 /// # Errors
-/// [`KlogError`] when there is no log to be had; its text can be shown instead.
+/// [`KlogError`] when there is no log to be had.
 pub fn read(memory: &GuestMemoryMmap, kernel: &Path) -> Result<String, KlogError> {
     let image = File::open(kernel).map_err(KlogError::Image)?;
     read_with(memory, &Symbols::of(&image)?)
@@ -608,7 +608,7 @@ mod tests {
         let text = TempFile::new().unwrap();
         text.as_file().write_all(b"MZ, not an ELF file").unwrap();
         let error = read(&testing::memory(1), text.as_path()).unwrap_err();
-        assert_eq!(error.to_string(), "No kernel log: the kernel image has no symbols; use --console");
+        assert!(matches!(error, KlogError::NoSymbols));
         assert!(matches!(read(&testing::memory(1), Path::new("/nonexistent")), Err(KlogError::Image(_))));
     }
 }

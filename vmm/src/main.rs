@@ -8,6 +8,7 @@ use std::path::Path;
 
 use krx_vmm::config::{Config, ConfigError, ValidConfig};
 use krx_vmm::exit_code::ExitCode;
+use krx_vmm::klog::KlogError;
 use krx_vmm::machine::{self, Machine, MachineError, Outcome};
 use krx_vmm::phase::{self, Phase};
 use krx_vmm::{klog, report, share, sys};
@@ -88,8 +89,8 @@ fn run(config: &ValidConfig) -> ExitCode {
         return fail(ExitCode::Host, &report::chain(&error));
     }
     phase::mark(Phase::Configured);
-    // Never dropped: that would wait for the file server's thread, which a guest can make wait for ever. The process
-    // ends now, and all it holds with it.
+    // Never dropped: that would wait for the file server's thread, which a file system of the host can make wait for
+    // ever. The process ends now, and all it holds with it.
     let mut machine = match Machine::start(config, lifeline) {
         Ok(machine) => ManuallyDrop::new(machine),
         Err(error) => return fail(start_failure(&error), &report::chain(&error)),
@@ -132,19 +133,28 @@ fn finish(outcome: &Outcome, machine: &Machine, config: &ValidConfig) -> ExitCod
             (ExitCode::GuestCrash, format!("KVM cannot run the guest\n  because: {error}"))
         }
         Outcome::BootTimeout => {
-            let seconds = config.boot_timeout_ms / 1000;
-            (ExitCode::Boot, format!("The guest did not reach PID 1 within the boot timeout of {seconds} s"))
+            let limit = duration(config.boot_timeout_ms);
+            (ExitCode::Boot, format!("The guest did not reach PID 1 within the boot timeout of {limit}"))
         }
     };
     fail(code, &format!("{message}\n{}", last_words(machine, &config.kernel)))
 }
 
+/// For people: whole seconds as such.
+fn duration(ms: u64) -> String {
+    if ms.is_multiple_of(1000) { format!("{} s", ms / 1000) } else { format!("{ms} ms") }
+}
+
 fn last_words(machine: &Machine, kernel: &Path) -> String {
-    match klog::read(machine.memory_after_stop(), kernel) {
-        Ok(log) if log.is_empty() => "The guest's kernel has logged nothing.".into(),
+    describe(klog::read(machine.memory_after_stop(), kernel))
+}
+
+fn describe(log: Result<String, KlogError>) -> String {
+    match log {
         Ok(log) => format!("The guest's kernel log ends with:\n{log}"),
+        Err(KlogError::Empty) => "The guest's kernel has logged nothing.".into(),
         Err(error) => format!(
-            "The guest's kernel log cannot be read (--console shows it live)\n  because: {}",
+            "The guest's kernel log cannot be read; with `console` in the configuration it is shown live\n  because: {}",
             report::chain(&error)
         ),
     }
@@ -154,4 +164,22 @@ fn fail(code: ExitCode, message: &str) -> ExitCode {
     // A standard error that is closed is no reason for another exit code.
     let _ = writeln!(std::io::stderr(), "krx-vmm: {message}");
     code
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn silent_guest_is_no_failure_to_read() {
+        assert_eq!(describe(Err(KlogError::Empty)), "The guest's kernel has logged nothing.");
+        let text = describe(Err(KlogError::NoSymbols));
+        assert_eq!(text.matches("console").count(), 1, "{text}");
+        assert!(!text.contains("--console"), "{text}");
+    }
+
+    #[test]
+    fn timeouts_are_said_as_they_were_given() {
+        assert_eq!([500, 1000, 1500, 60_000].map(duration), ["500 ms", "1 s", "1500 ms", "60 s"]);
+    }
 }

@@ -1,4 +1,4 @@
-//! COM1 as a 16550 whose output goes to standard error. Only there with `--console`: each character costs an exit.
+//! COM1 as a 16550 whose output goes to standard error. Only there with `console`: each character costs an exit.
 //! Nothing can be typed into it.
 
 use std::io::{self, Stderr};

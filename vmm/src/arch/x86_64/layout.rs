@@ -49,7 +49,7 @@ pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 /// KVM's task state segment, three pages.
 pub const KVM_TSS: u64 = 0xfffb_d000;
 
-/// COM1, with `--console` only.
+/// COM1, with `console` only.
 pub const COM1: u16 = 0x3f8;
 pub const COM1_SIZE: u16 = 8;
 pub const COM1_IRQ: u32 = 4;
