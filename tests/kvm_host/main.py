@@ -40,7 +40,7 @@ def parse(arguments):
     parser.add_argument("--icount", action="store_true", help="count instructions as time, on a host of its own")
     parser.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds for the command (600)")
     parser.add_argument("--memory", type=int, metavar="MIB", help="memory of the emulated host (4096)")
-    parser.add_argument("--cpus", type=int, metavar="N", help="CPUs of the emulated host (2)")
+    parser.add_argument("--cpus", type=int, metavar="N", help="CPUs of the emulated host (1)")
     parser.add_argument("--private", action="store_true", help="do not use the resident host")
     verbs = parser.add_mutually_exclusive_group()
     verbs.add_argument("--start", action="store_true", help="start a resident host for the commands to come")

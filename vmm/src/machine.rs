@@ -243,6 +243,9 @@ pub fn clean_up(config: &ValidConfig) {
     config.control.as_deref().into_iter().chain(config.vsock.as_deref()).for_each(remove);
 }
 
+/// The owner's lock in the state directory, which the VMM holds, too.
+const LOCK_FILE: &str = "lock";
+
 /// Removes the pod's directory in the place of an owner that died.
 ///
 /// Never recursive: the share below it is made of bind mounts of the user's own files, and what a mistake would leave
@@ -255,8 +258,12 @@ pub fn clean_up_for_owner(config: &ValidConfig) {
     }
     for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
         let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
-        let path = entry.path();
-        let _ = if is_directory { std::fs::remove_dir(path) } else { std::fs::remove_file(path) };
+        // As long as the lock is there the name is taken, and all of this is still ours.
+        if entry.file_name() != LOCK_FILE {
+            let path = entry.path();
+            let _ = if is_directory { std::fs::remove_dir(path) } else { std::fs::remove_file(path) };
+        }
     }
+    let _ = std::fs::remove_file(directory.join(LOCK_FILE));
     let _ = std::fs::remove_dir(directory);
 }
