@@ -1,8 +1,8 @@
-//! The cgroup of a container: it holds all of its processes, wherever they fork to, and can end them at once.
-//! Limits are not set here.
+//! The cgroup of a container: it holds all of its processes, wherever they fork to, limits them, and can end them at
+//! once.
 
-use std::fs;
-use std::io;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -12,9 +12,13 @@ use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
 use crate::error::{Doing, StepError};
+use crate::guest::CGROUPS;
+use crate::limits::{Limits, SWAP_MAX};
 
 /// Parent of all containers' cgroups.
 pub(crate) const PARENT: &str = "/sys/fs/cgroup/krx";
+/// Controllers that containers have, as far as the kernel has them.
+const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
 
 /// Processes that were killed may take a moment to leave their cgroup; so often it is tried again, so long between.
 const REMOVE_ATTEMPTS: u32 = 50;
@@ -29,6 +33,31 @@ pub(crate) struct Cgroup {
     directory: OwnedFd,
 }
 
+/// Makes the parent of all containers' cgroups, with its controllers.
+pub(crate) fn make_parent() -> Result<(), StepError> {
+    let doing = || "Cannot give containers the controllers of cgroups";
+    fs::create_dir_all(PARENT).doing(|| format!("Cannot make {PARENT}"))?;
+    let root = Path::new(CGROUPS);
+    let known = fs::read_to_string(root.join("cgroup.controllers")).doing(doing)?;
+    let enabled = enabled(&known);
+    for cgroup in [root, Path::new(PARENT)] {
+        write(&cgroup.join("cgroup.subtree_control"), &enabled).doing(doing)?;
+    }
+    Ok(())
+}
+
+/// What enables those of [`CONTROLLERS`] that are known.
+fn enabled(known: &str) -> String {
+    let known: Vec<_> = known.split_whitespace().collect();
+    let wanted = CONTROLLERS.iter().filter(|wanted| known.contains(wanted));
+    wanted.map(|name| format!("+{name}")).collect::<Vec<_>>().join(" ")
+}
+
+/// Writes a file of a cgroup, which takes a value in one write.
+fn write(file: &Path, value: &str) -> io::Result<()> {
+    OpenOptions::new().write(true).open(file)?.write_all(value.as_bytes())
+}
+
 impl Cgroup {
     pub(crate) fn create(id: &str) -> Result<Self, StepError> {
         let path = Path::new(PARENT).join(id);
@@ -37,6 +66,17 @@ impl Cgroup {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let directory = open(&path, flags, Mode::empty()).doing(doing)?;
         Ok(Self { path, directory })
+    }
+
+    /// Sets limits. Those before one that the kernel refuses are set then.
+    pub(crate) fn limit(&self, limits: &Limits) -> Result<(), StepError> {
+        for (file, value) in &limits.0 {
+            match write(&self.path.join(file), value) {
+                Err(error) if file == SWAP_MAX && error.kind() == io::ErrorKind::NotFound => {}
+                result => result.doing(|| format!("Cannot set the container's {file} to {value}"))?,
+            }
+        }
+        Ok(())
     }
 
     /// Kills every process in it.
@@ -87,4 +127,16 @@ fn remove_tree(cgroup: &Path, depth: u32) -> io::Result<()> {
 fn children(cgroup: &Path) -> impl Iterator<Item = PathBuf> {
     let entries = fs::read_dir(cgroup).into_iter().flatten().flatten();
     entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_known_controllers_are_enabled() {
+        assert_eq!(enabled("cpuset cpu io memory hugetlb pids rdma\n"), "+cpu +cpuset +io +memory +pids");
+        assert_eq!(enabled("memory misc"), "+memory");
+        assert_eq!(enabled(""), "");
+    }
 }

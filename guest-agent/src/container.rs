@@ -7,6 +7,7 @@ use krx_proto::{AgentError, ContainerSpec, Mount, Namespace, validate_id};
 use nix::sched::CloneFlags;
 
 use crate::error::invalid;
+use crate::limits::Limits;
 use crate::mount_options::{Bind, MountOptions};
 use crate::process::{ProcessPlan, c_string};
 
@@ -26,6 +27,7 @@ pub(crate) struct ContainerPlan {
     pub(crate) root: RootPlan,
     /// Files below `/proc/sys`, and what is written to them.
     pub(crate) sysctls: Vec<(String, String)>,
+    pub(crate) limits: Limits,
     pub(crate) process: ProcessPlan,
 }
 
@@ -93,6 +95,7 @@ impl ContainerPlan {
                 readonly_paths: spec.readonly_paths,
             },
             sysctls: spec.sysctls.into_iter().map(sysctl).collect::<Result<_, _>>()?,
+            limits: Limits::new(spec.resources)?,
             process: ProcessPlan::new(spec.process)?,
         })
     }

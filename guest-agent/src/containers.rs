@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use krx_proto::{
-    AgentError, Answer, ContainerSpec, ErrorKind, ExitStatus, ProcessInfo, ProcessSpec, Request, StreamHello,
-    TerminalSize, validate_id,
+    AgentError, Answer, ContainerSpec, ErrorKind, ExitStatus, ProcessInfo, ProcessSpec, Request, Resources,
+    StreamHello, TerminalSize, validate_id,
 };
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
@@ -19,6 +19,7 @@ use crate::child::{self, ChildEnds, MAX_REPORT, Report};
 use crate::container::ContainerPlan;
 use crate::error::{Doing, StepError, invalid};
 use crate::lifecycle::{Caller, Lifecycle, Next, Reply, wrong_state};
+use crate::limits::Limits;
 use crate::process::ProcessPlan;
 use crate::relay::Relay;
 use crate::stdio::Streams;
@@ -81,6 +82,7 @@ impl Containers {
             Request::Resize { container, process, size } => self.resize(&container, &process, size).map(Some),
             Request::Delete { container, process } => self.delete(&container, &process).map(Some),
             Request::List => Ok(Some(self.list())),
+            Request::Update { container, resources } => self.update(&container, *resources).map(Some),
             // The server's own: it ends all of this.
             Request::Shutdown => Ok(Some(Answer::Done)),
         };
@@ -186,7 +188,9 @@ impl Containers {
         let cgroup = Cgroup::create(&id)?;
         // The cgroup namespace is the child's to make, when it is in its cgroup.
         let at_fork = plan.namespaces & !CloneFlags::CLONE_NEWCGROUP;
-        let forked = fork(caller, &plan.process, at_fork, cgroup.as_fd(), |ends| child::first(&plan, ends));
+        let forked = cgroup.limit(&plan.limits).and_then(|()| {
+            fork(caller, &plan.process, at_fork, cgroup.as_fd(), |ends| child::first(&plan, ends))
+        });
         match forked {
             Ok((process, first)) => {
                 let processes = BTreeMap::from([(String::new(), process)]);
@@ -289,6 +293,12 @@ impl Containers {
             Some(result) => Ok(result.map(|()| Answer::Done)?),
             None => Err(wrong_state("The process has no terminal")),
         }
+    }
+
+    fn update(&mut self, id: &str, resources: Resources) -> Result<Answer, AgentError> {
+        let limits = Limits::new(resources)?;
+        find(&mut self.containers, id)?.cgroup.limit(&limits)?;
+        Ok(Answer::Done)
     }
 
     fn delete(&mut self, container_id: &str, id: &str) -> Result<Answer, AgentError> {

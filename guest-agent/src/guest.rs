@@ -40,9 +40,8 @@ pub(crate) fn mount_all() -> Result<(), StepError> {
     mount_one("sysfs", "/sys", hardened)?;
     mount_one("cgroup2", CGROUPS, hardened)?;
     mount_one("tmpfs", "/run", MsFlags::MS_NOSUID | MsFlags::MS_NODEV)?;
-    for directory in [SHARE_PATH, crate::cgroup::PARENT] {
-        fs::create_dir_all(directory).doing(|| format!("Cannot make {directory}"))?;
-    }
+    crate::cgroup::make_parent()?;
+    fs::create_dir_all(SHARE_PATH).doing(|| format!("Cannot make {SHARE_PATH}"))?;
     // Programs of an image may be set-uid; device nodes in it are never the container's to use.
     let none: Option<&str> = None;
     match mount(Some(SHARE_TAG), SHARE_PATH, Some("virtiofs"), MsFlags::MS_NODEV, none) {

@@ -14,6 +14,7 @@ mod error;
 mod greeting;
 mod guest;
 mod lifecycle;
+mod limits;
 mod mount_options;
 mod power;
 mod process;

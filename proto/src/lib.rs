@@ -17,6 +17,7 @@
 
 mod frame;
 mod message;
+mod resources;
 mod spec;
 
 pub use frame::{FrameError, MAX_FRAME, decode, encode, read_frame, take_frame, write_frame};
@@ -24,6 +25,7 @@ pub use message::{
     AgentError, Answer, Call, ErrorKind, ExitStatus, GuestInfo, Message, ProcessInfo, ProcessState, Request,
     Stream, StreamHello,
 };
+pub use resources::{CpuMax, Limit, Resources, UNIFIED};
 pub use spec::{
     Capabilities, ContainerSpec, Mount, Namespace, ProcessSpec, Rlimit, TerminalSize, User, validate_id,
 };

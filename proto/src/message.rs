@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::resources::Resources;
 use crate::spec::{ContainerSpec, ProcessSpec, TerminalSize};
 
 /// From the agent to the host.
@@ -56,6 +57,8 @@ pub enum Request {
     List,
     /// Ends every container, syncs and powers off. Answered before it begins.
     Shutdown,
+    /// Changes limits of a container; what is not said stays as it is.
+    Update { container: String, resources: Box<Resources> },
 }
 
 /// What a successful call returns.

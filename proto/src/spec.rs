@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::resources::Resources;
+
 /// One container. Paths are paths in the guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerSpec {
@@ -22,6 +24,7 @@ pub struct ContainerSpec {
     pub readonly_paths: Vec<String>,
     /// Kernel parameters, e.g. `net.ipv4.ip_forward` = `1`.
     pub sysctls: Vec<(String, String)>,
+    pub resources: Resources,
     /// The first process.
     pub process: ProcessSpec,
 }

@@ -4,10 +4,14 @@
 //! otherwise than asked is refused by the name of its field ([`REFUSED`]); what has no meaning in a VM of its own is
 //! accepted and does nothing (`linux.cgroupsPath`, `annotations`, a network namespace: the VM is one).
 
+mod resources;
+
 use std::io;
 use std::path::{Path, PathBuf};
 
-use krx_proto::{Capabilities, ContainerSpec, Mount, Namespace, ProcessSpec, Rlimit, TerminalSize, User};
+use krx_proto::{
+    Capabilities, ContainerSpec, Mount, Namespace, ProcessSpec, Resources, Rlimit, TerminalSize, User,
+};
 use oci_spec::runtime::{
     Linux, LinuxCapabilities, LinuxNamespace, LinuxNamespaceType, PosixRlimit, Process, Spec,
 };
@@ -23,7 +27,7 @@ const MAX_CONFIG: u64 = 4 << 20;
 
 /// Fields that are refused unless empty, in JSON's own paths. Everything here either confines the container or
 /// changes what its processes meet.
-const REFUSED: [&str; 34] = [
+const REFUSED: [&str; 26] = [
     "/domainname",
     "/hooks",
     "/solaris",
@@ -44,14 +48,6 @@ const REFUSED: [&str; 34] = [
     "/linux/mountLabel",
     "/linux/netDevices",
     "/linux/personality",
-    "/linux/resources/blockIO",
-    "/linux/resources/cpu",
-    "/linux/resources/hugepageLimits",
-    "/linux/resources/memory",
-    "/linux/resources/network",
-    "/linux/resources/pids",
-    "/linux/resources/rdma",
-    "/linux/resources/unified",
     "/linux/seccomp/architectures",
     "/linux/seccomp/flags",
     "/linux/seccomp/listenerPath",
@@ -59,6 +55,9 @@ const REFUSED: [&str; 34] = [
     "/linux/timeOffsets",
     "/linux/uidMappings",
 ];
+/// The objects whose fields are looked at by name.
+const OBJECTS: [&str; 7] =
+    ["", "/hooks", "/linux", "/linux/seccomp", "/process", "/process/capabilities", "/process/user"];
 /// File systems of the guest that a container may mount; `bind` is not one of them.
 const FILE_SYSTEMS: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
 
@@ -113,8 +112,9 @@ pub fn read(name: &str, directory: &Path) -> Result<Container, BundleError> {
     let failed = |source| BundleError::Parse { path: path.clone(), source };
     let raw: Value = serde_json::from_slice(&json).map_err(failed)?;
     let spec: Spec = serde_json::from_slice(&json).map_err(failed)?;
-    refuse(&raw)?;
-    let container = container_spec(name, &spec)?;
+    check(&raw)?;
+    let mut container = container_spec(name, &spec)?;
+    container.resources = resources::read(raw.pointer("/linux/resources").unwrap_or(&Value::Null))?;
     let root = spec.root().as_ref().ok_or(BundleError::Missing("root"))?;
     let mut container =
         Container::new(container, &directory.join(root.path())).map_err(BundleError::Container)?;
@@ -124,20 +124,47 @@ pub fn read(name: &str, directory: &Path) -> Result<Container, BundleError> {
     Ok(container)
 }
 
-/// Refuses what cannot be honoured.
-fn refuse(raw: &Value) -> Result<(), BundleError> {
-    for pointer in REFUSED {
+/// Limits out of the JSON of an OCI `linux.resources`, to change those of a running container.
+///
+/// # Errors
+/// It is no such JSON, or asks for what a guest cannot keep.
+pub fn resources(json: &[u8]) -> Result<Resources, BundleError> {
+    let raw = serde_json::from_slice(json).map_err(|error| invalid("linux.resources", error.to_string()))?;
+    resources::read(&raw)
+}
+
+/// Refuses fields, by their pointers into `raw`, unless they ask for nothing.
+fn refuse(raw: &Value, parent: &str, fields: &[&str]) -> Result<(), BundleError> {
+    for pointer in fields {
         if raw.pointer(pointer).is_some_and(|value| !is_empty(value)) {
-            return Err(unsupported(pointer[1..].replace('/', "."), "it"));
+            let field = format!("{parent}{}", pointer.replace('/', "."));
+            return Err(unsupported(field.trim_start_matches('.'), "it"));
         }
     }
+    Ok(())
+}
+
+/// Refuses arrays where there are to be objects: read by position, their fields would have no names to be refused by.
+fn objects(raw: &Value, parent: &str, fields: &[&str]) -> Result<(), BundleError> {
+    match fields.iter().find(|pointer| raw.pointer(pointer).is_some_and(Value::is_array)) {
+        Some(pointer) => {
+            let field = format!("{parent}{}", pointer.replace('/', "."));
+            Err(invalid(field.trim_start_matches('.'), "is not an object"))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Refuses what cannot be honoured.
+fn check(raw: &Value) -> Result<(), BundleError> {
+    objects(raw, "", &OBJECTS)?;
+    refuse(raw, "", &REFUSED)?;
     let action = raw.pointer("/linux/seccomp/defaultAction").and_then(Value::as_str);
     if action.is_some_and(|action| action != "SCMP_ACT_ALLOW") {
         return Err(unsupported("linux.seccomp.defaultAction", "anything but SCMP_ACT_ALLOW"));
     }
     // Containers get the usual nodes and no others: rules that deny ask for no more than that.
-    let rules = raw.pointer("/linux/resources/devices").and_then(Value::as_array).into_iter().flatten();
-    for (index, rule) in rules.enumerate() {
+    for (index, rule) in resources::array(raw, "/linux/resources/devices").enumerate() {
         if rule.get("allow").and_then(Value::as_bool) == Some(true) {
             return Err(unsupported(format!("linux.resources.devices[{index}].allow"), "access to devices"));
         }
@@ -408,8 +435,8 @@ mod tests {
                 json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["x"], "action": "SCMP_ACT_KILL"}]}),
                 "linux.seccomp.syscalls",
             ),
-            ("/linux/resources/memory", json!({"limit": 1 << 20}), "linux.resources.memory"),
-            ("/linux/resources/pids", json!({"limit": 10}), "linux.resources.pids"),
+            ("/linux/resources/memory", json!({"swappiness": 1}), "linux.resources.memory.swappiness"),
+            ("/linux/resources/network", json!({"classID": 1}), "linux.resources.network"),
             ("/linux/resources/devices/0/allow", json!(true), "linux.resources.devices[0].allow"),
             (
                 "/linux/devices",
@@ -434,6 +461,17 @@ mod tests {
             let error = read_value(&with(pointer, value)).unwrap_err();
             let BundleError::Unsupported { field: named, .. } = &error else { panic!("{pointer}: {error}") };
             assert_eq!(named, field);
+        }
+    }
+
+    #[test]
+    fn limits_are_read_from_bundles_and_updates() {
+        let wanted = json!({"memory": {"limit": 1 << 20}, "pids": {"limit": 10}});
+        let limits = read_value(&with("/linux/resources", wanted.clone())).unwrap().spec.resources;
+        assert_eq!(limits.pids_max, Some(krx_proto::Limit::At(10)));
+        assert_eq!(resources(wanted.to_string().as_bytes()).unwrap(), limits);
+        for bad in ["", "{", "[]", "null null", "7"] {
+            assert!(resources(bad.as_bytes()).is_err(), "{bad}");
         }
     }
 

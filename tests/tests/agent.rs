@@ -9,8 +9,8 @@ use std::thread;
 use std::time::Duration;
 
 use krx_proto::{
-    AgentError, Answer, Capabilities, ContainerSpec, ErrorKind, ExitStatus, ProcessSpec, Request, Rlimit,
-    Stream,
+    AgentError, Answer, Capabilities, ContainerSpec, CpuMax, ErrorKind, ExitStatus, Limit, ProcessSpec,
+    Request, Resources, Rlimit, Stream,
 };
 use krx_sandbox::agent::{AgentClient, CallError};
 use krx_sandbox::default_spec;
@@ -182,6 +182,48 @@ fn ends_are_told_as_they_are() {
     other.start().expect("start");
     process.kill(9).expect("kill");
     assert_eq!(other.wait().expect("wait"), ExitStatus::Signal(9));
+}
+
+#[test]
+fn limits_are_the_cgroup_s_and_can_be_changed() {
+    let Some(place) = Place::new() else { return };
+    let guest = Guest::new(&place);
+    let mut spec = shell("limits", "exec sleep 1000");
+    spec.resources = Resources {
+        memory_max: Some(Limit::At(32 << 20)),
+        swap_max: Some(Limit::At(0)),
+        cpu_weight: Some(39),
+        cpu_max: Some(CpuMax { quota: Limit::At(50_000), period: 100_000 }),
+        cpuset_cpus: Some("0".into()),
+        pids_max: Some(Limit::At(20)),
+        ..Resources::default()
+    };
+    let process = guest.create(spec).expect("create");
+    process.start().expect("start");
+    let read = |id: &str| {
+        let script = "cd /sys/fs/cgroup && cat memory.max cpu.weight cpu.max cpuset.cpus pids.max";
+        let further = guest.process("limits", id);
+        further
+            .exec(ProcessSpec { args: shell("x", script).process.args, ..shell("x", "").process })
+            .expect("exec");
+        output(&further).0
+    };
+    assert_eq!(read("before"), "33554432\n39\n50000 100000\n0\n20\n");
+    let update = |resources: Resources| {
+        guest.call(Request::Update { container: "limits".into(), resources: Box::new(resources) })
+    };
+    let more =
+        Resources { memory_max: Some(Limit::Max), pids_max: Some(Limit::At(30)), ..Resources::default() };
+    update(more).expect("update");
+    assert_eq!(read("after"), "max\n39\n50000 100000\n0\n30\n");
+    let none_such = Resources { cpuset_cpus: Some("63".into()), ..Resources::default() };
+    assert_eq!(kind(update(none_such)), ErrorKind::Failed);
+    assert_eq!(kind(update(Resources { cpu_weight: Some(0), ..Resources::default() })), ErrorKind::Invalid);
+    // A fork bomb of twenty.
+    let mut bomb = shell("bomb", "for i in $(seq 40); do sleep 5 & done 2>/dev/null; echo survived");
+    bomb.resources.pids_max = Some(Limit::At(20));
+    let (text, _) = output(&guest.create(bomb).expect("create"));
+    assert!(!text.contains("survived"), "{text}");
 }
 
 #[test]
