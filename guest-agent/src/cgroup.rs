@@ -68,6 +68,10 @@ impl Cgroup {
         Ok(Self { path, directory })
     }
 
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Sets limits. Those before one that the kernel refuses are set then.
     pub(crate) fn limit(&self, limits: &Limits) -> Result<(), StepError> {
         for (file, value) in &limits.0 {

@@ -4,24 +4,27 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 use krx_proto::{
     AgentError, Answer, ContainerSpec, ErrorKind, ExitStatus, ProcessInfo, ProcessSpec, Request, Resources,
-    StreamHello, TerminalSize, validate_id,
+    Stats, StreamHello, TerminalSize, validate_id,
 };
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::write;
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{self, Cgroup};
 use crate::child::{self, ChildEnds, MAX_REPORT, Report};
 use crate::container::ContainerPlan;
 use crate::error::{Doing, StepError, invalid};
 use crate::lifecycle::{Caller, Lifecycle, Next, Reply, wrong_state};
 use crate::limits::Limits;
+use crate::oom::OomWatch;
 use crate::process::ProcessPlan;
 use crate::relay::Relay;
+use crate::stats;
 use crate::stdio::Streams;
 use crate::sys;
 
@@ -45,6 +48,7 @@ pub(crate) struct Containers {
 struct Container {
     namespaces: CloneFlags,
     cgroup: Cgroup,
+    oom: OomWatch,
     /// The first process, whose namespaces are the container's.
     first: OwnedFd,
     /// By id; the first process has the empty one.
@@ -82,6 +86,8 @@ impl Containers {
             Request::Resize { container, process, size } => self.resize(&container, &process, size).map(Some),
             Request::Delete { container, process } => self.delete(&container, &process).map(Some),
             Request::List => Ok(Some(self.list())),
+            Request::Stats { container } => self.stats(&container).map(Some),
+            Request::WaitOom { container, seen } => self.wait_oom(caller, &container, seen),
             Request::Update { container, resources } => self.update(&container, *resources).map(Some),
             // The server's own: it ends all of this.
             Request::Shutdown => Ok(Some(Answer::Done)),
@@ -110,6 +116,18 @@ impl Containers {
         processes.filter_map(|process| Some((process.pid, process.sync.as_ref()?.as_fd())))
     }
 
+    /// Where the kernel shows that it has killed for want of memory: priority events.
+    pub(crate) fn oom_events(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.containers.values().filter_map(|container| container.oom.waits_for())
+    }
+
+    /// Answers who waits for such kills, if there were any.
+    pub(crate) fn check_oom(&mut self) {
+        for container in self.containers.values_mut() {
+            container.oom.check(&mut self.replies);
+        }
+    }
+
     /// Takes the reports of a process that has not exec'd yet.
     pub(crate) fn take_reports(&mut self, pid: i32) {
         let Some(process) = self
@@ -128,6 +146,8 @@ impl Containers {
         let found = self.containers.iter_mut().find_map(|(id, container)| {
             let (name, process) = container.processes.iter_mut().find(|(_, process)| process.is(pid))?;
             process.take_reports(&mut self.replies);
+            // Who waits for both learns why it ended before that it did.
+            container.oom.check(&mut self.replies);
             let next = process.life.exited(status, &mut self.replies);
             process.sync = None;
             process.streams.process_ended();
@@ -152,6 +172,7 @@ impl Containers {
     /// do not run yet are killed, and each is forgotten at its end.
     pub(crate) fn forget_connection(&mut self, connection: u32) {
         for container in self.containers.values_mut() {
+            container.oom.forget_connection(connection);
             container.processes.retain(|name, process| {
                 process.life.forget_connection(connection);
                 if name.is_empty() || process.connection != connection {
@@ -194,7 +215,8 @@ impl Containers {
         match forked {
             Ok((process, first)) => {
                 let processes = BTreeMap::from([(String::new(), process)]);
-                let container = Container { namespaces: plan.namespaces, cgroup, first, processes };
+                let oom = OomWatch::new(cgroup.path());
+                let container = Container { namespaces: plan.namespaces, cgroup, oom, first, processes };
                 self.containers.insert(id, container);
                 Ok(None)
             }
@@ -301,6 +323,21 @@ impl Containers {
         Ok(Answer::Done)
     }
 
+    fn stats(&self, id: &str) -> Result<Answer, AgentError> {
+        let stats = if id.is_empty() {
+            Stats { guest: Some(stats::guest()), ..stats::read(Path::new(cgroup::PARENT)) }
+        } else {
+            let missing =
+                || AgentError::new(ErrorKind::NotFound, format_args!("There is no container {id:?}"));
+            stats::read(self.containers.get(id).ok_or_else(missing)?.cgroup.path())
+        };
+        Ok(Answer::Stats(Box::new(stats)))
+    }
+
+    fn wait_oom(&mut self, caller: Caller, id: &str, seen: u64) -> Result<Option<Answer>, AgentError> {
+        find(&mut self.containers, id)?.oom.wait(caller, seen, &mut self.replies).map(|()| None)
+    }
+
     fn delete(&mut self, container_id: &str, id: &str) -> Result<Answer, AgentError> {
         let container = find(&mut self.containers, container_id)?;
         if !container.process(id)?.life.has_exited() {
@@ -317,6 +354,7 @@ impl Containers {
     fn remove_container(&mut self, id: &str) {
         let Some(container) = self.containers.remove(id) else { return };
         container.cgroup.remove();
+        self.replies.extend(container.oom.abandon());
         self.replies.extend(container.processes.into_values().flat_map(|process| process.life.abandon()));
     }
 

@@ -19,6 +19,7 @@ mod frame;
 mod message;
 mod resources;
 mod spec;
+mod stats;
 
 pub use frame::{FrameError, MAX_FRAME, decode, encode, read_frame, take_frame, write_frame};
 pub use message::{
@@ -29,6 +30,7 @@ pub use resources::{CpuMax, Limit, Resources, UNIFIED};
 pub use spec::{
     Capabilities, ContainerSpec, Mount, Namespace, ProcessSpec, Rlimit, TerminalSize, User, validate_id,
 };
+pub use stats::{CpuStats, GuestMemory, IoStats, MemoryEvents, MemoryStats, PidsStats, Stats};
 
 /// Version of the protocol; both sides must agree exactly, as they are shipped together.
 pub const VERSION: u16 = 1;

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::resources::Resources;
 use crate::spec::{ContainerSpec, ProcessSpec, TerminalSize};
+use crate::stats::Stats;
 
 /// From the agent to the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,6 +60,11 @@ pub enum Request {
     Shutdown,
     /// Changes limits of a container; what is not said stays as it is.
     Update { container: String, resources: Box<Resources> },
+    /// What a container uses; all containers together, and the guest, where the id is empty.
+    Stats { container: String },
+    /// Answered with [`Answer::OomKills`] when the kernel has killed more than `seen` processes of the container for
+    /// want of memory; before the answer to a wait for a process that it killed.
+    WaitOom { container: String, seen: u64 },
 }
 
 /// What a successful call returns.
@@ -73,6 +79,9 @@ pub enum Answer {
     /// The process has ended.
     Exited(ExitStatus),
     Processes(Vec<ProcessInfo>),
+    Stats(Box<Stats>),
+    /// Processes of the container that were killed for want of memory since it was made.
+    OomKills(u64),
 }
 
 /// How a process ended.

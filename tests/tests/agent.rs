@@ -227,6 +227,61 @@ fn limits_are_the_cgroup_s_and_can_be_changed() {
 }
 
 #[test]
+fn what_is_used_is_counted() {
+    let Some(place) = Place::new() else { return };
+    let guest = Guest::new(&place);
+    let mut spec = shell("busy", "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; exec sleep 1000");
+    spec.resources.pids_max = Some(Limit::At(50));
+    guest.create(spec).expect("create").start().expect("start");
+    let stats = |id: &str| {
+        let Ok(Answer::Stats(stats)) = guest.call(Request::Stats { container: id.into() }) else {
+            panic!("no stats")
+        };
+        stats
+    };
+    let counted = until(Duration::from_secs(30), || {
+        let stats = stats("busy");
+        (stats.cpu.usage_usec > 1000 && stats.cpu.user_usec > 0).then_some(stats)
+    });
+    let busy = counted.expect("CPU time");
+    assert!(
+        busy.memory.current > 0 && busy.memory.of("anon") > 0 && busy.memory.of("pgfault") > 0,
+        "{busy:?}"
+    );
+    assert!(busy.memory.working_set() <= busy.memory.current);
+    assert_eq!((busy.memory.max, busy.pids.max), (Some(Limit::Max), Some(Limit::At(50))));
+    assert!(busy.pids.current >= 1 && busy.guest.is_none());
+    let all = stats("");
+    let whole = all.guest.expect("guest");
+    assert!(
+        all.cpu.usage_usec >= busy.cpu.usage_usec && whole.total > whole.available && whole.available > 0
+    );
+    assert_eq!(kind(guest.call(Request::Stats { container: "nobody".into() })), ErrorKind::NotFound);
+}
+
+#[test]
+fn want_of_memory_is_told_before_the_end() {
+    let Some(place) = Place::new() else { return };
+    let guest = Guest::new(&place);
+    let mut spec = shell("hog", "exec dd if=/dev/zero of=/dev/null bs=64M count=1");
+    spec.resources.memory_max = Some(Limit::At(16 << 20));
+    let process = guest.create(spec).expect("create");
+    let wait = |seen| guest.agent.send(Request::WaitOom { container: "hog".into(), seen }).expect("sent");
+    let (first, second) = (wait(0), wait(100));
+    process.start().expect("start");
+    assert_eq!(process.wait().expect("wait"), ExitStatus::Signal(9));
+    assert!(first.is_over());
+    let known = wait(0).answer().expect("answer");
+    let Answer::OomKills(kills @ 1..) = known else { panic!("{known:?}") };
+    let Ok(Answer::Stats(stats)) = guest.call(Request::Stats { container: "hog".into() }) else {
+        panic!("no stats")
+    };
+    assert_eq!(stats.memory.events.oom_kill, kills);
+    process.delete().expect("delete");
+    assert_eq!(kind(second.answer()), ErrorKind::NotFound);
+}
+
+#[test]
 fn requests_that_make_no_sense_are_refused_by_name() {
     let Some(place) = Place::new() else { return };
     let guest = Guest::new(&place);
