@@ -102,7 +102,7 @@ fn run(
     if ready.is_err() || read(sync, &mut [0]) != Ok(1) {
         sys::process::exit(1);
     }
-    let error = plan.exec();
+    let error = plan.confine().map_or_else(AgentError::from, |()| plan.exec());
     let code = if error.kind == ErrorKind::CommandNotFound { 127 } else { 126 };
     let _ = report(sync, &Err(error), None);
     sys::process::exit(code)

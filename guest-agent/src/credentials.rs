@@ -10,6 +10,8 @@ use crate::sys::process::{CapabilitySets, clear_ambient, drop_bounding, raise_am
 
 /// Capability sets are masks of 64 bits.
 const CAPABILITIES: u32 = u64::BITS;
+/// `CAP_SYS_ADMIN`, without which only a process that can gain no privileges may install a filter (seccomp(2)).
+const SYS_ADMIN: u64 = 1 << 21;
 
 /// Who a process is.
 #[derive(Debug)]
@@ -17,6 +19,8 @@ pub(crate) struct Credentials {
     pub(crate) user: User,
     pub(crate) capabilities: Option<Capabilities>,
     pub(crate) no_new_privileges: bool,
+    /// A filter of system calls is to be installed between [`Self::apply`] and [`Self::settle`].
+    pub(crate) filtered: bool,
 }
 
 impl Credentials {
@@ -36,12 +40,7 @@ impl Credentials {
                 prctl::set_keepcaps(true).doing(|| "Cannot keep capabilities")?;
                 become_user()?;
                 prctl::set_keepcaps(false).doing(|| "Cannot stop keeping capabilities")?;
-                set_capabilities(CapabilitySets {
-                    effective: wanted.effective,
-                    permitted: wanted.permitted,
-                    inheritable: wanted.inheritable,
-                })
-                .doing(|| "Cannot set the effective, permitted and inheritable capabilities")?;
+                set_sets(wanted, self.borrowed(wanted))?;
                 set_ambient(wanted.ambient)?;
             }
         }
@@ -50,6 +49,28 @@ impl Credentials {
         }
         Ok(())
     }
+
+    /// Gives up what was needed for the filter alone.
+    pub(crate) fn settle(&self) -> Result<(), StepError> {
+        match &self.capabilities {
+            Some(wanted) if self.borrowed(wanted) != 0 => set_sets(wanted, 0),
+            _ => Ok(()),
+        }
+    }
+
+    /// What installing the filter takes beyond the capabilities wanted.
+    fn borrowed(&self, wanted: &Capabilities) -> u64 {
+        if self.filtered && !self.no_new_privileges { SYS_ADMIN & !wanted.effective } else { 0 }
+    }
+}
+
+fn set_sets(wanted: &Capabilities, more: u64) -> Result<(), StepError> {
+    set_capabilities(CapabilitySets {
+        effective: wanted.effective | more,
+        permitted: wanted.permitted | more,
+        inheritable: wanted.inheritable,
+    })
+    .doing(|| "Cannot set the effective, permitted and inheritable capabilities")
 }
 
 fn bound(allowed: u64) -> Result<(), StepError> {
@@ -85,6 +106,18 @@ fn members(set: u64) -> impl Iterator<Item = u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_capability_is_borrowed_only_where_a_filter_needs_it() {
+        let borrowed = |effective: u64, no_new_privileges: bool, filtered: bool| {
+            let wanted = Capabilities { effective, ..Capabilities::default() };
+            let user = User::default();
+            Credentials { user, capabilities: Some(wanted), no_new_privileges, filtered }.borrowed(&wanted)
+        };
+        assert_eq!(borrowed(0, false, true), SYS_ADMIN);
+        assert_eq!(borrowed(SYS_ADMIN, false, true), 0);
+        assert_eq!((borrowed(0, true, true), borrowed(0, false, false)), (0, 0));
+    }
 
     #[test]
     fn members_of_a_set_are_its_bits() {

@@ -21,6 +21,7 @@ mod power;
 mod process;
 mod relay;
 mod rootfs;
+mod seccomp;
 mod server;
 mod stats;
 mod stdio;

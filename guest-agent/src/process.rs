@@ -8,6 +8,7 @@ use nix::unistd::execve;
 
 use crate::credentials::Credentials;
 use crate::error::{Doing, StepError, invalid};
+use crate::seccomp::Filter;
 use crate::sys;
 
 /// Where programs are looked for when the container's environment has no `PATH`.
@@ -34,6 +35,7 @@ pub(crate) struct ProcessPlan {
     pub(crate) oom_score_adj: Option<i32>,
     pub(crate) terminal: Option<TerminalSize>,
     pub(crate) stdin: bool,
+    seccomp: Option<Filter>,
 }
 
 impl ProcessPlan {
@@ -64,12 +66,21 @@ impl ProcessPlan {
                 user: spec.user,
                 capabilities: spec.capabilities,
                 no_new_privileges: spec.no_new_privileges,
+                filtered: spec.seccomp.is_some(),
             },
             rlimits: spec.rlimits,
             oom_score_adj: spec.oom_score_adj,
             terminal: spec.terminal,
             stdin: spec.stdin,
+            seccomp: spec.seccomp.as_ref().map(Filter::new).transpose()?,
         })
+    }
+
+    /// What comes last before the exec: the filter has to let through no more than the exec, where nothing is left to
+    /// be given up.
+    pub(crate) fn confine(&self) -> Result<(), StepError> {
+        self.seccomp.iter().try_for_each(Filter::install)?;
+        self.credentials.settle()
     }
 
     /// Becomes the program. Returns only with why it could not.

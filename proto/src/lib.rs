@@ -28,7 +28,8 @@ pub use message::{
 };
 pub use resources::{CpuMax, Limit, Resources, UNIFIED};
 pub use spec::{
-    Capabilities, ContainerSpec, Mount, Namespace, ProcessSpec, Rlimit, TerminalSize, User, validate_id,
+    Capabilities, ContainerSpec, MAX_SECCOMP, Mount, Namespace, ProcessSpec, Rlimit, SeccompFilter,
+    SeccompInstruction, TerminalSize, User, validate_id,
 };
 pub use stats::{CpuStats, GuestMemory, IoStats, MemoryEvents, MemoryStats, PidsStats, Stats};
 

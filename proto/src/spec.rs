@@ -70,6 +70,27 @@ pub struct ProcessSpec {
     pub terminal: Option<TerminalSize>,
     /// Whether a standard input will be attached; without it the process reads `/dev/null`.
     pub stdin: bool,
+    /// Decides on each system call from just before the exec on.
+    pub seccomp: Option<SeccompFilter>,
+}
+
+/// Longest program of a filter, the kernel's own limit (`BPF_MAXINSNS`).
+pub const MAX_SECCOMP: usize = 4096;
+
+/// A program of classic BPF, and the flags it is installed with (`SECCOMP_FILTER_FLAG_*`).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeccompFilter {
+    pub flags: u32,
+    pub program: Vec<SeccompInstruction>,
+}
+
+/// `struct sock_filter` of `linux/filter.h`. A branch names how many instructions are left out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeccompInstruction {
+    pub code: u16,
+    pub if_true: u8,
+    pub if_false: u8,
+    pub value: u32,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

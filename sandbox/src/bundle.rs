@@ -5,6 +5,8 @@
 //! accepted and does nothing (`linux.cgroupsPath`, `annotations`, a network namespace: the VM is one).
 
 mod resources;
+mod seccomp;
+mod seccomp_program;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -27,7 +29,7 @@ const MAX_CONFIG: u64 = 4 << 20;
 
 /// Fields that are refused unless empty, in JSON's own paths. Everything here either confines the container or
 /// changes what its processes meet.
-const REFUSED: [&str; 26] = [
+const REFUSED: [&str; 24] = [
     "/domainname",
     "/hooks",
     "/solaris",
@@ -48,10 +50,8 @@ const REFUSED: [&str; 26] = [
     "/linux/mountLabel",
     "/linux/netDevices",
     "/linux/personality",
-    "/linux/seccomp/architectures",
-    "/linux/seccomp/flags",
+    "/linux/seccomp/listenerMetadata",
     "/linux/seccomp/listenerPath",
-    "/linux/seccomp/syscalls",
     "/linux/timeOffsets",
     "/linux/uidMappings",
 ];
@@ -159,10 +159,6 @@ fn objects(raw: &Value, parent: &str, fields: &[&str]) -> Result<(), BundleError
 fn check(raw: &Value) -> Result<(), BundleError> {
     objects(raw, "", &OBJECTS)?;
     refuse(raw, "", &REFUSED)?;
-    let action = raw.pointer("/linux/seccomp/defaultAction").and_then(Value::as_str);
-    if action.is_some_and(|action| action != "SCMP_ACT_ALLOW") {
-        return Err(unsupported("linux.seccomp.defaultAction", "anything but SCMP_ACT_ALLOW"));
-    }
     // Containers get the usual nodes and no others: rules that deny ask for no more than that.
     for (index, rule) in resources::array(raw, "/linux/resources/devices").enumerate() {
         if rule.get("allow").and_then(Value::as_bool) == Some(true) {
@@ -205,7 +201,10 @@ fn container_spec(name: &str, spec: &Spec) -> Result<ContainerSpec, BundleError>
         masked_paths: linux.masked_paths().clone().unwrap_or_default(),
         readonly_paths: linux.readonly_paths().clone().unwrap_or_default(),
         sysctls,
-        process: process_spec(process)?,
+        process: ProcessSpec {
+            seccomp: linux.seccomp().as_ref().map(seccomp::read).transpose()?.flatten(),
+            ..process_spec(process)?
+        },
         ..ContainerSpec::default()
     })
 }
@@ -261,7 +260,7 @@ fn process_spec(process: &Process) -> Result<ProcessSpec, BundleError> {
         no_new_privileges: process.no_new_privileges().unwrap_or(false),
         oom_score_adj: process.oom_score_adj(),
         terminal: process.terminal().unwrap_or(false).then(|| console_size(process)),
-        stdin: false,
+        ..ProcessSpec::default()
     })
 }
 
@@ -429,11 +428,11 @@ mod tests {
     fn refused_fields_are_named() {
         let cases = [
             ("/hooks/createRuntime", json!([{"path": "/bin/true"}]), "hooks"),
-            ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_ERRNO"}), "linux.seccomp.defaultAction"),
+            ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_NOTIFY"}), "linux.seccomp.defaultAction"),
             (
                 "/linux/seccomp",
-                json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["x"], "action": "SCMP_ACT_KILL"}]}),
-                "linux.seccomp.syscalls",
+                json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/x"}),
+                "linux.seccomp.listenerPath",
             ),
             ("/linux/resources/memory", json!({"swappiness": 1}), "linux.resources.memory.swappiness"),
             ("/linux/resources/network", json!({"classID": 1}), "linux.resources.network"),

@@ -3,6 +3,7 @@
 
 pub(crate) mod mount;
 pub(crate) mod process;
+pub(crate) mod seccomp;
 pub(crate) mod socket;
 pub(crate) mod terminal;
 
