@@ -11,9 +11,11 @@ use std::time::Duration;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
+use crate::device_filter::DeviceFilter;
 use crate::error::{Doing, StepError};
 use crate::guest::CGROUPS;
 use crate::limits::{Limits, SWAP_MAX};
+use crate::sys;
 
 /// Parent of all containers' cgroups.
 pub(crate) const PARENT: &str = "/sys/fs/cgroup/krx";
@@ -81,6 +83,14 @@ impl Cgroup {
             }
         }
         Ok(())
+    }
+
+    /// Lets a filter judge each access of its processes to devices.
+    pub(crate) fn filter_devices(&self, filter: &DeviceFilter) -> Result<(), StepError> {
+        let program =
+            sys::bpf::load_device_filter(&filter.0).doing(|| "Cannot load the filter of devices")?;
+        sys::bpf::attach_device_filter(self.as_fd(), program.as_fd())
+            .doing(|| "Cannot attach the filter of devices")
     }
 
     /// Kills every process in it.

@@ -3,9 +3,10 @@
 
 use std::ffi::CString;
 
-use krx_proto::{AgentError, ContainerSpec, Mount, Namespace, validate_id};
+use krx_proto::{AgentError, ContainerSpec, Device, Mount, Namespace, validate_id};
 use nix::sched::CloneFlags;
 
+use crate::device_filter::DeviceFilter;
 use crate::error::invalid;
 use crate::limits::Limits;
 use crate::mount_options::{Bind, MountOptions};
@@ -28,6 +29,7 @@ pub(crate) struct ContainerPlan {
     /// Files below `/proc/sys`, and what is written to them.
     pub(crate) sysctls: Vec<(String, String)>,
     pub(crate) limits: Limits,
+    pub(crate) device_filter: Option<DeviceFilter>,
     pub(crate) process: ProcessPlan,
 }
 
@@ -39,6 +41,7 @@ pub(crate) struct RootPlan {
     pub(crate) mounts: Vec<MountPlan>,
     pub(crate) masked: Vec<String>,
     pub(crate) readonly_paths: Vec<String>,
+    pub(crate) devices: Vec<Device>,
 }
 
 #[derive(Debug)]
@@ -73,6 +76,7 @@ impl ContainerPlan {
             (spec.masked_paths.len(), MAX_PATHS, "masked_paths"),
             (spec.readonly_paths.len(), MAX_PATHS, "readonly_paths"),
             (spec.sysctls.len(), MAX_PATHS, "sysctls"),
+            (spec.devices.len(), MAX_PATHS, "devices"),
         ];
         if let Some((length, most, field)) = lists.into_iter().find(|(length, most, _)| length > most) {
             return Err(invalid(format_args!("{field}: {length} are too many, at most {most} are allowed")));
@@ -93,9 +97,11 @@ impl ContainerPlan {
                 mounts: mounts(spec.mounts)?,
                 masked: spec.masked_paths,
                 readonly_paths: spec.readonly_paths,
+                devices: devices(spec.devices)?,
             },
             sysctls: spec.sysctls.into_iter().map(sysctl).collect::<Result<_, _>>()?,
             limits: Limits::new(spec.resources)?,
+            device_filter: DeviceFilter::new(&spec.device_rules)?,
             process: ProcessPlan::new(spec.process)?,
         })
     }
@@ -128,6 +134,17 @@ fn check_absolute(field: &str, path: &str) -> Result<(), AgentError> {
         return Ok(());
     }
     Err(invalid(format_args!("{field}: {path:?} is not an absolute path")))
+}
+
+/// The container's own nodes. Outside its `/dev` they would be nodes of the share, which are no devices there.
+fn devices(wanted: Vec<Device>) -> Result<Vec<Device>, AgentError> {
+    for Device { path, .. } in &wanted {
+        let below = path.strip_prefix("/dev/").filter(|_| !path.contains('\0'));
+        if !below.is_some_and(|below| below.split('/').all(|name| !matches!(name, "" | "." | ".."))) {
+            return Err(invalid(format_args!("devices: {path:?} is not a path below /dev")));
+        }
+    }
+    Ok(wanted)
 }
 
 /// The spec's mounts in their order; a container that brings no `/dev` gets one, for its device nodes must not be
@@ -242,6 +259,11 @@ mod tests {
         refused(ContainerSpec { readonly_paths: vec!["x".into()], ..spec() }, "readonly_paths:");
         refused(ContainerSpec { sysctls: vec![("a/../b".into(), "1".into())], ..spec() }, "sysctls:");
         refused(ContainerSpec { process: ProcessSpec::default(), ..spec() }, "process.args:");
+        for path in ["/etc/null", "/dev/", "/dev/../x", "dev/null", "/dev/a\0b"] {
+            let (kind, path) = (krx_proto::DeviceKind::Char, path.into());
+            let device = Device { path, kind, major: 1, minor: 3, mode: 0o666, uid: 0, gid: 0 };
+            refused(ContainerSpec { devices: vec![device], ..spec() }, "devices:");
+        }
         refused(mounted("bind", "rel", &[]), "mounts: source:");
         refused(mounted("bind", "/s", &["size=1"]), "mounts:");
         refused(mounted("tm\0pfs", "", &[]), "mounts: type:");

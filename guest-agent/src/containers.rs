@@ -209,7 +209,10 @@ impl Containers {
         let cgroup = Cgroup::create(&id)?;
         // The cgroup namespace is the child's to make, when it is in its cgroup.
         let at_fork = plan.namespaces & !CloneFlags::CLONE_NEWCGROUP;
-        let forked = cgroup.limit(&plan.limits).and_then(|()| {
+        let limited = cgroup
+            .limit(&plan.limits)
+            .and_then(|()| plan.device_filter.iter().try_for_each(|filter| cgroup.filter_devices(filter)));
+        let forked = limited.and_then(|()| {
             fork(caller, &plan.process, at_fork, cgroup.as_fd(), |ends| child::first(&plan, ends))
         });
         match forked {

@@ -10,6 +10,7 @@ mod container;
 mod containers;
 mod control;
 mod credentials;
+mod device_filter;
 mod error;
 mod greeting;
 mod guest;

@@ -11,11 +11,12 @@
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use krx_proto::{Device, DeviceKind};
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, open, openat, openat2, readlinkat};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, open, openat, openat2, readlinkat};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::{Mode, SFlag, fstat, makedev, mkdirat, mknodat};
-use nix::unistd::{chroot, fchdir, symlinkat};
+use nix::unistd::{Gid, Uid, chroot, fchdir, fchownat, symlinkat};
 
 use crate::container::{MountKind, MountPlan, RootPlan};
 use crate::error::{Doing, StepError};
@@ -223,8 +224,16 @@ fn make_devices(root: &Root, plan: &RootPlan) -> Result<(), StepError> {
     let is_dev = |mount: &&MountPlan| mount.destination.trim_end_matches('/') == "/dev";
     let last = plan.mounts.iter().rev().find(is_dev);
     if !last.is_some_and(|mount| matches!(mount.what, MountKind::FileSystem { .. })) {
-        return Ok(());
+        // Nodes would be made in somebody else's directory.
+        return match plan.devices.first() {
+            None => Ok(()),
+            Some(device) => {
+                let doing = format!("Cannot make {} in a /dev that is not the container's own", device.path);
+                Err(StepError::new(doing, Errno::EPERM))
+            }
+        };
     }
+    plan.devices.iter().try_for_each(|device| make_device(root, device))?;
     let present = |made: nix::Result<()>| if made == Err(Errno::EEXIST) { Ok(()) } else { made };
     let dev = root.open("/dev", OFlag::O_PATH | OFlag::O_DIRECTORY).doing(|| "Cannot open /dev")?;
     for (name, major, minor) in DEVICES {
@@ -236,6 +245,23 @@ fn make_devices(root: &Root, plan: &RootPlan) -> Result<(), StepError> {
         present(symlinkat(to, &dev, name)).doing(|| format!("Cannot make the link /dev/{name}"))?;
     }
     Ok(())
+}
+
+/// A node that the container asks for. Among the usual ones it stands for the one of its name.
+fn make_device(root: &Root, device: &Device) -> Result<(), StepError> {
+    let doing = || format!("Cannot make the device node {}", device.path);
+    let Some((directory, name)) = device.path.rsplit_once('/') else {
+        return Err(StepError::new(doing(), Errno::EINVAL));
+    };
+    let directory = root.make(directory, true).doing(doing)?;
+    let kind = match device.kind {
+        DeviceKind::Char => SFlag::S_IFCHR,
+        DeviceKind::Block => SFlag::S_IFBLK,
+    };
+    let mode = Mode::from_bits_truncate(device.mode & 0o777);
+    mknodat(&directory, name, kind, mode, makedev(device.major.into(), device.minor.into())).doing(doing)?;
+    let (user, group) = (Uid::from_raw(device.uid), Gid::from_raw(device.gid));
+    fchownat(&directory, name, Some(user), Some(group), AtFlags::AT_SYMLINK_NOFOLLOW).doing(doing)
 }
 
 fn make_read_only(root: &Root, path: &str) -> Result<(), StepError> {

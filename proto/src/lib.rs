@@ -15,12 +15,14 @@
 
 #![forbid(unsafe_code)]
 
+mod devices;
 mod frame;
 mod message;
 mod resources;
 mod spec;
 mod stats;
 
+pub use devices::{Device, DeviceAccess, DeviceKind, DeviceRule};
 pub use frame::{FrameError, MAX_FRAME, decode, encode, read_frame, take_frame, write_frame};
 pub use message::{
     AgentError, Answer, Call, ErrorKind, ExitStatus, GuestInfo, Message, ProcessInfo, ProcessState, Request,

@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::devices::{Device, DeviceRule};
 use crate::resources::Resources;
 
 /// One container. Paths are paths in the guest.
@@ -25,6 +26,9 @@ pub struct ContainerSpec {
     /// Kernel parameters, e.g. `net.ipv4.ip_forward` = `1`.
     pub sysctls: Vec<(String, String)>,
     pub resources: Resources,
+    /// Beside the nodes that every container has; below `/dev`.
+    pub devices: Vec<Device>,
+    pub device_rules: Vec<DeviceRule>,
     /// The first process.
     pub process: ProcessSpec,
 }

@@ -4,6 +4,7 @@
 //! otherwise than asked is refused by the name of its field ([`REFUSED`]); what has no meaning in a VM of its own is
 //! accepted and does nothing (`linux.cgroupsPath`, `annotations`, a network namespace: the VM is one).
 
+mod devices;
 mod resources;
 mod seccomp;
 mod seccomp_program;
@@ -29,7 +30,7 @@ const MAX_CONFIG: u64 = 4 << 20;
 
 /// Fields that are refused unless empty, in JSON's own paths. Everything here either confines the container or
 /// changes what its processes meet.
-const REFUSED: [&str; 24] = [
+const REFUSED: [&str; 23] = [
     "/domainname",
     "/hooks",
     "/solaris",
@@ -43,7 +44,6 @@ const REFUSED: [&str; 24] = [
     "/process/scheduler",
     "/process/selinuxLabel",
     "/process/user/username",
-    "/linux/devices",
     "/linux/gidMappings",
     "/linux/intelRdt",
     "/linux/memoryPolicy",
@@ -159,12 +159,6 @@ fn objects(raw: &Value, parent: &str, fields: &[&str]) -> Result<(), BundleError
 fn check(raw: &Value) -> Result<(), BundleError> {
     objects(raw, "", &OBJECTS)?;
     refuse(raw, "", &REFUSED)?;
-    // Containers get the usual nodes and no others: rules that deny ask for no more than that.
-    for (index, rule) in resources::array(raw, "/linux/resources/devices").enumerate() {
-        if rule.get("allow").and_then(Value::as_bool) == Some(true) {
-            return Err(unsupported(format!("linux.resources.devices[{index}].allow"), "access to devices"));
-        }
-    }
     Ok(())
 }
 
@@ -191,6 +185,7 @@ fn container_spec(name: &str, spec: &Spec) -> Result<ContainerSpec, BundleError>
     if spec.hostname().is_some() && !namespaces.contains(&Namespace::Uts) {
         return Err(invalid("hostname", "needs a namespace of type uts"));
     }
+    let rules = linux.resources().as_ref().and_then(|resources| resources.devices().clone());
     let mut sysctls: Vec<_> = linux.sysctl().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
     sysctls.sort_unstable();
     Ok(ContainerSpec {
@@ -201,6 +196,8 @@ fn container_spec(name: &str, spec: &Spec) -> Result<ContainerSpec, BundleError>
         masked_paths: linux.masked_paths().clone().unwrap_or_default(),
         readonly_paths: linux.readonly_paths().clone().unwrap_or_default(),
         sysctls,
+        devices: devices::nodes(linux.devices().as_deref().unwrap_or_default())?,
+        device_rules: devices::rules(rules.as_deref().unwrap_or_default())?,
         process: ProcessSpec {
             seccomp: linux.seccomp().as_ref().map(seccomp::read).transpose()?.flatten(),
             ..process_spec(process)?
@@ -436,11 +433,15 @@ mod tests {
             ),
             ("/linux/resources/memory", json!({"swappiness": 1}), "linux.resources.memory.swappiness"),
             ("/linux/resources/network", json!({"classID": 1}), "linux.resources.network"),
-            ("/linux/resources/devices/0/allow", json!(true), "linux.resources.devices[0].allow"),
+            (
+                "/linux/resources/devices/0",
+                json!({"allow": true, "type": "b", "major": 8, "minor": 0}),
+                "linux.resources.devices[0]",
+            ),
             (
                 "/linux/devices",
-                json!([{"path": "/dev/x", "type": "c", "major": 1, "minor": 3}]),
-                "linux.devices",
+                json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]),
+                "linux.devices[0]",
             ),
             ("/linux/namespaces/0", json!({"type": "user"}), "linux.namespaces[0].type"),
             (

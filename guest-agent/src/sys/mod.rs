@@ -1,6 +1,7 @@
 //! The system calls that no crate wraps in a safe function. Each wrapper here is safe to call with any arguments
 //! and makes exactly one call; what the calls are for is said where they are used.
 
+pub(crate) mod bpf;
 pub(crate) mod mount;
 pub(crate) mod process;
 pub(crate) mod seccomp;
