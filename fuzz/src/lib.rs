@@ -12,6 +12,7 @@ use std::cell::RefCell;
 use std::io::Cursor;
 
 use krx_proto::{Call, Message};
+use krx_sandbox::bundle::{self, PodNamespaces};
 use krx_vmm::arch::x86_64::kernel;
 use krx_vmm::config::Config;
 use krx_vmm::klog;
@@ -112,11 +113,20 @@ pub fn agent_frames(data: &[u8]) {
     while let Ok(Some(_)) = krx_proto::take_frame::<Message>(&mut received) {}
 }
 
-/// A bundle's `config.json`.
+/// A bundle's `config.json`, alone and in a pod, and the parts of it that come by themselves.
 pub fn bundle(data: &[u8]) {
     with_scratch(|scratch| {
         let directory = scratch.bundle(data);
-        let _ = krx_sandbox::bundle::read("fuzz", &directory);
+        let first =
+            bundle::read("fuzz", &directory).map(|container| container.spec.process).unwrap_or_default();
+        if let Some(filter) = &first.seccomp {
+            assert!((1..=krx_proto::MAX_SECCOMP).contains(&filter.program.len()));
+        }
+        let pod =
+            PodNamespaces { paths: vec!["/proc/7/ns/ipc".into()], is_sandbox: data.len().is_multiple_of(2) };
+        let _ = bundle::read_in_pod("fuzz", &directory, &pod);
+        let _ = bundle::process(data, &first);
+        let _ = bundle::resources(data);
     });
 }
 

@@ -32,7 +32,7 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
         "kernel" => vec![elf(2, 0x10_0000, 64), elf(1, 0x10_0000, 64), elf(2, u64::MAX - 8, 64), bzimage()],
         "klog" => vec![log()],
         "agent_frames" => frames(),
-        "bundle" => texts(&[BUNDLE, r#"{"ociVersion":"1.2.0"}"#]),
+        "bundle" => texts(&[BUNDLE, CONFINED, PROCESS, RESOURCES, r#"{"ociVersion":"1.2.0"}"#]),
         other => panic!("no target {other}"),
     }
 }
@@ -50,6 +50,22 @@ const BUNDLE: &str = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs","readonly"
 {"destination":"/data","type":"bind","source":"/tmp","options":["rbind","ro"]}],
 "linux":{"namespaces":[{"type":"pid"},{"type":"mount"}],"maskedPaths":["/proc/kcore"],
 "readonlyPaths":["/proc/sys"],"sysctl":{"net.ipv4.ip_forward":"1"},"rootfsPropagation":"private"}}"#;
+
+const CONFINED: &str = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"},
+"process":{"args":["sh"],"cwd":"/","user":{"uid":0,"gid":0},"apparmorProfile":"unconfined","oomScoreAdj":5},
+"linux":{"namespaces":[{"type":"network"},{"type":"ipc","path":"/proc/7/ns/ipc"},{"type":"uts"}],
+"devices":[{"path":"/dev/null","type":"c","major":1,"minor":3,"fileMode":438,"uid":0,"gid":0}],
+"resources":{"devices":[{"allow":false,"access":"rwm"},{"allow":true,"type":"c","major":136,"access":"rw"}],
+"memory":{"limit":1048576,"swap":2097152,"reservation":4096},"cpu":{"shares":1024,"quota":5000,"period":10000,"cpus":"0-1"},
+"pids":{"limit":9},"hugepageLimits":[{"pageSize":"2MB","limit":0}],"unified":{"memory.oom.group":"1"}},
+"seccomp":{"defaultAction":"SCMP_ACT_ERRNO","defaultErrnoRet":1,"architectures":["SCMP_ARCH_X86_64"],
+"flags":["SECCOMP_FILTER_FLAG_LOG"],"syscalls":[{"names":["read","write"],"action":"SCMP_ACT_ALLOW"},
+{"names":["clone"],"action":"SCMP_ACT_ALLOW","args":[{"index":0,"value":2114060288,"valueTwo":0,"op":"SCMP_CMP_MASKED_EQ"}]},
+{"names":["socket"],"action":"SCMP_ACT_KILL","args":[{"index":0,"value":40,"op":"SCMP_CMP_GT"},
+{"index":0,"value":4,"op":"SCMP_CMP_LE"}]},{"names":["clone3"],"action":"SCMP_ACT_ERRNO","errnoRet":38}]}}}"#;
+const PROCESS: &str = r#"{"args":["ls"],"cwd":"/","user":{"uid":1,"gid":2},"terminal":true,"consoleSize":{"height":24,"width":80}}"#;
+const RESOURCES: &str =
+    r#"{"memory":{"limit":-1},"cpu":{"quota":-1,"idle":1,"burst":5},"blockIO":{"weight":500}}"#;
 
 /// Steps of a driver, as `device` reads them.
 struct Steps(Vec<u8>);

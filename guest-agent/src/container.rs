@@ -70,7 +70,7 @@ impl ContainerPlan {
             return Err(invalid(format_args!("id: {:?} cannot name a container", spec.id)));
         }
         let namespaces = namespaces(&spec.namespaces);
-        check_hostname(spec.hostname.as_deref(), namespaces)?;
+        check_hostname(spec.hostname.as_deref())?;
         let lists = [
             (spec.mounts.len(), MAX_MOUNTS, "mounts"),
             (spec.masked_paths.len(), MAX_PATHS, "masked_paths"),
@@ -118,11 +118,8 @@ fn namespaces(wanted: &[Namespace]) -> CloneFlags {
     wanted.iter().map(flag).fold(CloneFlags::CLONE_NEWNS, CloneFlags::union)
 }
 
-fn check_hostname(hostname: Option<&str>, namespaces: CloneFlags) -> Result<(), AgentError> {
+fn check_hostname(hostname: Option<&str>) -> Result<(), AgentError> {
     let Some(hostname) = hostname else { return Ok(()) };
-    if !namespaces.contains(CloneFlags::CLONE_NEWUTS) {
-        return Err(invalid("hostname: needs a UTS namespace of the container's own"));
-    }
     if hostname.is_empty() || hostname.len() > MAX_HOSTNAME || hostname.contains(['\0', '\n', '/']) {
         return Err(invalid(format_args!("hostname: {hostname:?} is not one of 1 to {MAX_HOSTNAME} bytes")));
     }
@@ -254,7 +251,6 @@ mod tests {
         refused(ContainerSpec { id: "../x".into(), ..spec() }, "id:");
         refused(ContainerSpec { rootfs: "rel".into(), ..spec() }, "rootfs:");
         refused(ContainerSpec { rootfs: "/a\0b".into(), ..spec() }, "rootfs:");
-        refused(ContainerSpec { hostname: Some("h".into()), ..spec() }, "hostname:");
         refused(ContainerSpec { masked_paths: vec!["x".into()], ..spec() }, "masked_paths:");
         refused(ContainerSpec { readonly_paths: vec!["x".into()], ..spec() }, "readonly_paths:");
         refused(ContainerSpec { sysctls: vec![("a/../b".into(), "1".into())], ..spec() }, "sysctls:");

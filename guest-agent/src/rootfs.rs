@@ -175,7 +175,7 @@ fn mount_one(root: &Root, plan: &MountPlan, source: Option<OwnedFd>) -> Result<(
         (Some(source), _) => source,
         (None, MountKind::FileSystem { kind, parameters }) => {
             let parameters = parameters.iter().map(|(name, value)| (name.as_c_str(), value.as_deref()));
-            file_system(kind, parameters).doing(doing)?
+            file_system(kind, parameters, doing)?
         }
         (None, MountKind::Bind { .. }) => return Err(StepError::new(doing(), Errno::EINVAL)),
     };
@@ -205,13 +205,15 @@ fn is_late_read_only(plan: &MountPlan) -> bool {
 fn file_system<'a>(
     kind: &CStr,
     parameters: impl Iterator<Item = (&'a CStr, Option<&'a CStr>)>,
-) -> nix::Result<OwnedFd> {
-    let context = open_file_system(kind)?;
+    doing: impl Fn() -> String,
+) -> Result<OwnedFd, StepError> {
+    let context = open_file_system(kind).doing(&doing)?;
     for (name, value) in parameters {
-        set_parameter(context.as_fd(), name, value)?;
+        set_parameter(context.as_fd(), name, value)
+            .doing(|| format!("{}: option {}", doing(), name.to_string_lossy()))?;
     }
-    create_file_system(context.as_fd())?;
-    mount_file_system(context.as_fd())
+    create_file_system(context.as_fd()).doing(&doing)?;
+    mount_file_system(context.as_fd()).doing(&doing)
 }
 
 fn change(mount: BorrowedFd<'_>, change: AttributeChange) -> nix::Result<()> {
@@ -276,7 +278,7 @@ fn mask(root: &Root, path: &str, null: BorrowedFd<'_>) -> Result<(), StepError> 
     let Some(place) = existing(root, path).doing(doing)? else { return Ok(()) };
     // Read-only also for the device node, which is the guest's: its mode must not be changed through this mount.
     let tree = if is_directory(place.as_fd()).doing(doing)? {
-        file_system(c"tmpfs", [(c"nr_inodes", Some(c"2"))].into_iter()).doing(doing)?
+        file_system(c"tmpfs", [(c"nr_inodes", Some(c"2"))].into_iter(), doing)?
     } else {
         clone_tree(null, c"", false).doing(doing)?
     };

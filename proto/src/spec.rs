@@ -14,7 +14,7 @@ pub struct ContainerSpec {
     /// Root file system: a directory of the guest, normally below [`SHARE_PATH`](crate::SHARE_PATH).
     pub rootfs: String,
     pub root_readonly: bool,
-    /// Set in the container's own UTS namespace.
+    /// Set in the container's UTS namespace; in the guest's, for the whole pod, where it has none of its own.
     pub hostname: Option<String>,
     /// New namespaces the container gets; the others are the guest's. A mount namespace is always new.
     pub namespaces: Vec<Namespace>,

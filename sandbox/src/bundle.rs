@@ -5,6 +5,8 @@
 //! accepted and does nothing (`linux.cgroupsPath`, `annotations`, a network namespace: the VM is one).
 
 mod devices;
+mod namespaces;
+mod process;
 mod resources;
 mod seccomp;
 mod seccomp_program;
@@ -12,38 +14,34 @@ mod seccomp_program;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use krx_proto::{
-    Capabilities, ContainerSpec, Mount, Namespace, ProcessSpec, Resources, Rlimit, TerminalSize, User,
-};
-use oci_spec::runtime::{
-    Linux, LinuxCapabilities, LinuxNamespace, LinuxNamespaceType, PosixRlimit, Process, Spec,
-};
+use krx_proto::{ContainerSpec, Mount, Namespace, ProcessSpec, Resources};
+use oci_spec::runtime::{Linux, Spec};
 use serde_json::Value;
 
-use crate::capability;
 use crate::container::{Container, ContainerError};
 use crate::image_file;
 use crate::volume::destination;
+
+pub use namespaces::PodNamespaces;
 
 /// Largest `config.json` that is read; a hostile one could fill memory.
 const MAX_CONFIG: u64 = 4 << 20;
 
 /// Fields that are refused unless empty, in JSON's own paths. Everything here either confines the container or
 /// changes what its processes meet.
-const REFUSED: [&str; 23] = [
+const REFUSED: [&str; 22] = [
     "/domainname",
+    "/hooks/createContainer",
+    "/hooks/createRuntime",
+    "/hooks/poststart",
+    "/hooks/poststop",
+    "/hooks/prestart",
+    "/hooks/startContainer",
     "/hooks",
     "/solaris",
     "/windows",
     "/vm",
     "/zos",
-    "/process/apparmorProfile",
-    "/process/commandLine",
-    "/process/execCPUAffinity",
-    "/process/ioPriority",
-    "/process/scheduler",
-    "/process/selinuxLabel",
-    "/process/user/username",
     "/linux/gidMappings",
     "/linux/intelRdt",
     "/linux/memoryPolicy",
@@ -56,8 +54,7 @@ const REFUSED: [&str; 23] = [
     "/linux/uidMappings",
 ];
 /// The objects whose fields are looked at by name.
-const OBJECTS: [&str; 7] =
-    ["", "/hooks", "/linux", "/linux/seccomp", "/process", "/process/capabilities", "/process/user"];
+const OBJECTS: [&str; 4] = ["", "/hooks", "/linux", "/linux/seccomp"];
 /// File systems of the guest that a container may mount; `bind` is not one of them.
 const FILE_SYSTEMS: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
 
@@ -101,11 +98,23 @@ fn invalid(field: impl Into<String>, what: impl Into<String>) -> BundleError {
     BundleError::Invalid { field: field.into(), what: what.into() }
 }
 
-/// Reads the bundle in `directory` as a container named `name`.
+/// Reads the bundle in `directory` as a container named `name`, which is alone in its VM.
 ///
 /// # Errors
 /// The configuration cannot be read, makes no sense, or asks for what krx does not do.
 pub fn read(name: &str, directory: &Path) -> Result<Container, BundleError> {
+    read_bundle(name, directory, None)
+}
+
+/// Reads a bundle as a container of a pod.
+///
+/// # Errors
+/// As [`read`]; it asks for namespaces of the host.
+pub fn read_in_pod(name: &str, directory: &Path, pod: &PodNamespaces) -> Result<Container, BundleError> {
+    read_bundle(name, directory, Some(pod))
+}
+
+fn read_bundle(name: &str, directory: &Path, pod: Option<&PodNamespaces>) -> Result<Container, BundleError> {
     let path = directory.join("config.json");
     let json = image_file::read(&path, MAX_CONFIG)
         .map_err(|source| BundleError::Read { path: path.clone(), source })?;
@@ -113,7 +122,7 @@ pub fn read(name: &str, directory: &Path) -> Result<Container, BundleError> {
     let raw: Value = serde_json::from_slice(&json).map_err(failed)?;
     let spec: Spec = serde_json::from_slice(&json).map_err(failed)?;
     check(&raw)?;
-    let mut container = container_spec(name, &spec)?;
+    let mut container = container_spec(name, &spec, pod)?;
     container.resources = resources::read(raw.pointer("/linux/resources").unwrap_or(&Value::Null))?;
     let root = spec.root().as_ref().ok_or(BundleError::Missing("root"))?;
     let mut container =
@@ -122,6 +131,15 @@ pub fn read(name: &str, directory: &Path) -> Result<Container, BundleError> {
         add_mount(&mut container, directory, &format!("mounts[{index}]"), mount)?;
     }
     Ok(container)
+}
+
+/// A further process of a container, out of the JSON of an OCI `process`. It is under the same filter of system calls as
+/// the container's first one.
+///
+/// # Errors
+/// It is no such JSON, or asks for what krx does not do.
+pub fn process(json: &[u8], first: &ProcessSpec) -> Result<ProcessSpec, BundleError> {
+    process::read_further(json, first)
 }
 
 /// Limits out of the JSON of an OCI `linux.resources`, to change those of a running container.
@@ -159,7 +177,7 @@ fn objects(raw: &Value, parent: &str, fields: &[&str]) -> Result<(), BundleError
 fn check(raw: &Value) -> Result<(), BundleError> {
     objects(raw, "", &OBJECTS)?;
     refuse(raw, "", &REFUSED)?;
-    Ok(())
+    process::check(raw.pointer("/process").unwrap_or(&Value::Null))
 }
 
 /// Whether a value asks for nothing: limits of zero or less mean none.
@@ -174,15 +192,20 @@ fn is_empty(value: &Value) -> bool {
     }
 }
 
-fn container_spec(name: &str, spec: &Spec) -> Result<ContainerSpec, BundleError> {
+fn container_spec(
+    name: &str,
+    spec: &Spec,
+    pod: Option<&PodNamespaces>,
+) -> Result<ContainerSpec, BundleError> {
     let linux = spec.linux().clone().unwrap_or_else(no_linux);
     let process = spec.process().as_ref().ok_or(BundleError::Missing("process"))?;
     let propagation = linux.rootfs_propagation().as_deref().unwrap_or_default();
     if !["", "private", "rprivate", "slave", "rslave"].contains(&propagation) {
         return Err(unsupported("linux.rootfsPropagation", propagation));
     }
-    let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default())?;
-    if spec.hostname().is_some() && !namespaces.contains(&Namespace::Uts) {
+    let namespaces = namespaces::read(linux.namespaces().as_deref().unwrap_or_default(), pod)?;
+    let has_uts = namespaces.own.contains(&Namespace::Uts) || pod.is_some();
+    if spec.hostname().is_some() && !has_uts {
         return Err(invalid("hostname", "needs a namespace of type uts"));
     }
     let rules = linux.resources().as_ref().and_then(|resources| resources.devices().clone());
@@ -191,8 +214,9 @@ fn container_spec(name: &str, spec: &Spec) -> Result<ContainerSpec, BundleError>
     Ok(ContainerSpec {
         id: name.into(),
         root_readonly: spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly).unwrap_or(false),
-        hostname: spec.hostname().clone(),
-        namespaces,
+        // The pod's is set by its sandbox.
+        hostname: spec.hostname().clone().filter(|name| !name.is_empty() && !namespaces.joins_uts),
+        namespaces: namespaces.own,
         masked_paths: linux.masked_paths().clone().unwrap_or_default(),
         readonly_paths: linux.readonly_paths().clone().unwrap_or_default(),
         sysctls,
@@ -200,7 +224,7 @@ fn container_spec(name: &str, spec: &Spec) -> Result<ContainerSpec, BundleError>
         device_rules: devices::rules(rules.as_deref().unwrap_or_default())?,
         process: ProcessSpec {
             seccomp: linux.seccomp().as_ref().map(seccomp::read).transpose()?.flatten(),
-            ..process_spec(process)?
+            ..process::read(process)?
         },
         ..ContainerSpec::default()
     })
@@ -213,93 +237,6 @@ fn no_linux() -> Linux {
     linux
 }
 
-fn namespaces(wanted: &[LinuxNamespace]) -> Result<Vec<Namespace>, BundleError> {
-    let mut namespaces = Vec::new();
-    for (index, namespace) in wanted.iter().enumerate() {
-        let field = |name: &str| format!("linux.namespaces[{index}].{name}");
-        if namespace.path().as_ref().is_some_and(|path| !path.as_os_str().is_empty()) {
-            return Err(unsupported(field("path"), "joining namespaces of the host"));
-        }
-        let own = match namespace.typ() {
-            LinuxNamespaceType::Pid => Namespace::Pid,
-            LinuxNamespaceType::Ipc => Namespace::Ipc,
-            LinuxNamespaceType::Uts => Namespace::Uts,
-            LinuxNamespaceType::Cgroup => Namespace::Cgroup,
-            // A mount namespace is always made; the network is the VM's, in which nothing else runs.
-            LinuxNamespaceType::Mount | LinuxNamespaceType::Network => continue,
-            LinuxNamespaceType::User => return Err(unsupported(field("type"), "user namespaces")),
-            LinuxNamespaceType::Time => return Err(unsupported(field("type"), "time namespaces")),
-        };
-        if namespaces.contains(&own) {
-            return Err(invalid(field("type"), "is there twice"));
-        }
-        namespaces.push(own);
-    }
-    Ok(namespaces)
-}
-
-fn process_spec(process: &Process) -> Result<ProcessSpec, BundleError> {
-    let cwd = process.cwd().to_str().filter(|cwd| cwd.starts_with('/'));
-    let args = process.args().clone().filter(|args| !args.is_empty());
-    Ok(ProcessSpec {
-        args: args.ok_or(BundleError::Missing("process.args"))?,
-        env: process.env().clone().unwrap_or_default(),
-        cwd: cwd.ok_or_else(|| invalid("process.cwd", "is not an absolute path"))?.into(),
-        user: User {
-            uid: process.user().uid(),
-            gid: process.user().gid(),
-            additional_gids: process.user().additional_gids().clone().unwrap_or_default(),
-            umask: process.user().umask(),
-        },
-        // Without the field a process has no capabilities: the kernel's own would be all of them.
-        capabilities: Some(process.capabilities().as_ref().map(capabilities).unwrap_or_default()),
-        rlimits: process.rlimits().iter().flatten().map(rlimit).collect(),
-        no_new_privileges: process.no_new_privileges().unwrap_or(false),
-        oom_score_adj: process.oom_score_adj(),
-        terminal: process.terminal().unwrap_or(false).then(|| console_size(process)),
-        ..ProcessSpec::default()
-    })
-}
-
-fn console_size(process: &Process) -> TerminalSize {
-    let cells = |count: u64| u16::try_from(count).unwrap_or(u16::MAX);
-    let size = process.console_size().unwrap_or_default();
-    TerminalSize { columns: cells(size.width()), rows: cells(size.height()) }
-}
-
-fn capabilities(wanted: &LinuxCapabilities) -> Capabilities {
-    Capabilities {
-        bounding: capability::mask(wanted.bounding().iter().flatten()),
-        effective: capability::mask(wanted.effective().iter().flatten()),
-        permitted: capability::mask(wanted.permitted().iter().flatten()),
-        inheritable: capability::mask(wanted.inheritable().iter().flatten()),
-        ambient: capability::mask(wanted.ambient().iter().flatten()),
-    }
-}
-
-fn rlimit(limit: &PosixRlimit) -> Rlimit {
-    use oci_spec::runtime::PosixRlimitType as Type;
-    let resource = match limit.typ() {
-        Type::RlimitCpu => 0,
-        Type::RlimitFsize => 1,
-        Type::RlimitData => 2,
-        Type::RlimitStack => 3,
-        Type::RlimitCore => 4,
-        Type::RlimitRss => 5,
-        Type::RlimitNproc => 6,
-        Type::RlimitNofile => 7,
-        Type::RlimitMemlock => 8,
-        Type::RlimitAs => 9,
-        Type::RlimitLocks => 10,
-        Type::RlimitSigpending => 11,
-        Type::RlimitMsgqueue => 12,
-        Type::RlimitNice => 13,
-        Type::RlimitRtprio => 14,
-        Type::RlimitRttime => 15,
-    };
-    Rlimit { resource, soft: limit.soft(), hard: limit.hard() }
-}
-
 fn add_mount(
     container: &mut Container,
     bundle: &Path,
@@ -308,8 +245,13 @@ fn add_mount(
 ) -> Result<(), BundleError> {
     let options = wanted.options().clone().unwrap_or_default();
     let mapped = wanted.uid_mappings().is_some() || wanted.gid_mappings().is_some();
-    if mapped || options.iter().any(|option| matches!(option.as_str(), "idmap" | "ridmap")) {
+    let name = |option: &str| option.split('=').next().unwrap_or_default().to_string();
+    if mapped || options.iter().any(|option| matches!(name(option).as_str(), "idmap" | "ridmap")) {
         return Err(unsupported(field, "ID-mapped mounts"));
+    }
+    // An extension of runc's, which copies the image's files into a tmpfs.
+    if options.iter().any(|option| option == "tmpcopyup") {
+        return Err(unsupported(format!("{field}.options"), "tmpcopyup"));
     }
     let path = wanted.destination().to_str().and_then(destination);
     let destination =
@@ -348,6 +290,7 @@ mod tests {
 
     use super::*;
     use crate::testing::Scratch;
+    use krx_proto::{Limit, Rlimit, TerminalSize};
 
     /// What `runc spec` writes, word for word where it matters.
     fn runc_spec() -> Value {
@@ -421,10 +364,106 @@ mod tests {
         assert!(container.rootfs().ends_with("rootfs"));
     }
 
+    /// The shape of what containerd's CRI plugin writes for a container of a default pod, on a host with `AppArmor`.
+    fn pod_container() -> Value {
+        let all = json!(["CAP_CHOWN", "CAP_KILL", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT"]);
+        let bind = |at: &str| json!({"destination": at, "type": "bind", "source": "rootfs", "options": ["rbind", "rprivate", "rw"]});
+        let mut config = runc_spec();
+        config["process"] = json!({
+            "user": {"uid": 1000, "gid": 1000, "additionalGids": [1000, 2000]},
+            "args": ["/pause"], "env": ["PATH=/bin"], "cwd": "/",
+            "capabilities": {"bounding": all, "effective": all, "permitted": all},
+            "noNewPrivileges": false, "oomScoreAdj": 1000, "apparmorProfile": "cri-containerd.apparmor.d"
+        });
+        config["annotations"] = json!({"io.kubernetes.cri.container-type": "container"});
+        config["mounts"].as_array_mut().unwrap().extend([
+            json!({"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]}),
+            json!({"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]}),
+            bind("/etc/hosts"), bind("/dev/termination-log"), bind("/etc/resolv.conf"), bind("/dev/shm"),
+        ]);
+        config["linux"] = json!({
+            "cgroupsPath": "kubepods-besteffort-pod1.slice:cri-containerd:1",
+            "resources": {
+                "devices": [
+                    {"allow": false, "access": "rwm"},
+                    {"allow": true, "type": "c", "major": 1, "minor": 3, "access": "rwm"},
+                    {"allow": true, "type": "c", "major": 10, "minor": 200, "access": "rwm"}
+                ],
+                "memory": {"limit": 134_217_728, "swap": 134_217_728},
+                "cpu": {"shares": 102, "quota": 20000, "period": 100_000},
+                "hugepageLimits": [{"pageSize": "2MB", "limit": 0}],
+                "unified": {"memory.oom.group": "1"}
+            },
+            "namespaces": [
+                {"type": "pid"}, {"type": "mount"}, {"type": "cgroup"}, {"type": "ipc", "path": "/proc/7/ns/ipc"},
+                {"type": "uts", "path": "/proc/7/ns/uts"}, {"type": "network", "path": "/proc/7/ns/net"}
+            ],
+            "seccomp": {"defaultAction": "SCMP_ACT_ERRNO", "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"],
+                "syscalls": [{"names": ["read", "execve"], "action": "SCMP_ACT_ALLOW"}]},
+            "maskedPaths": ["/proc/acpi"], "readonlyPaths": ["/proc/bus"]
+        });
+        config
+    }
+
+    fn read_pod(config: &Value, is_sandbox: bool) -> Result<Container, BundleError> {
+        let scratch = Scratch::new("bundle");
+        scratch.write("config.json", config.to_string().as_bytes());
+        scratch.write("rootfs/bin/sh", b"");
+        let paths = ["/proc/7/ns/ipc", "/proc/7/ns/uts", "/proc/7/ns/net"].map(PathBuf::from).into();
+        read_in_pod("web", scratch.path(), &PodNamespaces { paths, is_sandbox })
+    }
+
+    #[test]
+    fn a_default_pod_is_honoured() {
+        let spec = read_pod(&pod_container(), false).unwrap().spec;
+        assert_eq!(spec.namespaces, [Namespace::Pid, Namespace::Cgroup]);
+        // The sandbox has set it.
+        assert_eq!(spec.hostname, None);
+        assert_eq!(spec.resources.memory_max, Some(Limit::At(134_217_728)));
+        assert_eq!(spec.resources.swap_max, Some(Limit::At(0)));
+        assert_eq!(spec.resources.cpu_weight, Some(4));
+        assert_eq!((spec.device_rules.len(), spec.mounts.len()), (3, 10));
+        let process = spec.process;
+        assert_eq!((process.oom_score_adj, process.user.additional_gids), (Some(1000), vec![1000, 2000]));
+        assert!(process.seccomp.is_some() && !process.no_new_privileges);
+    }
+
+    #[test]
+    fn a_sandbox_gives_the_guest_the_pod_s_name() {
+        let mut config = pod_container();
+        config["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"},
+            {"type": "network", "path": "/proc/7/ns/net"}]);
+        let spec = read_pod(&config, true).unwrap().spec;
+        assert_eq!((spec.namespaces, spec.hostname.as_deref()), (vec![Namespace::Pid], Some("runc")));
+        config["hostname"] = json!("");
+        assert_eq!(read_pod(&config, true).unwrap().spec.hostname, None);
+    }
+
+    #[test]
+    fn a_restricted_and_a_privileged_pod_are_honoured() {
+        let mut restricted = pod_container();
+        restricted["process"]["capabilities"] = json!({});
+        restricted["process"]["noNewPrivileges"] = json!(true);
+        restricted["root"]["readonly"] = json!(true);
+        let spec = read_pod(&restricted, false).unwrap().spec;
+        assert_eq!(spec.process.capabilities, Some(krx_proto::Capabilities::default()));
+        assert!(spec.process.no_new_privileges && spec.root_readonly);
+        let mut privileged = pod_container();
+        privileged["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
+        privileged["linux"]["seccomp"] = Value::Null;
+        privileged["linux"]["maskedPaths"] = json!([]);
+        privileged["process"]["apparmorProfile"] = json!("");
+        let spec = read_pod(&privileged, false).unwrap().spec;
+        assert!(spec.process.seccomp.is_none() && spec.device_rules[0].allow && spec.masked_paths.is_empty());
+        // Those that the host's devices were given to as well.
+        privileged["linux"]["devices"] = json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]);
+        assert!(read_pod(&privileged, false).unwrap_err().to_string().contains("/dev/sda"));
+    }
+
     #[test]
     fn refused_fields_are_named() {
         let cases = [
-            ("/hooks/createRuntime", json!([{"path": "/bin/true"}]), "hooks"),
+            ("/hooks/createRuntime", json!([{"path": "/bin/true"}]), "hooks.createRuntime"),
             ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_NOTIFY"}), "linux.seccomp.defaultAction"),
             (
                 "/linux/seccomp",
@@ -455,6 +494,8 @@ mod tests {
             ("/process/selinuxLabel", json!("l"), "process.selinuxLabel"),
             ("/mounts/0/type", json!("nfs"), "mounts[0].type"),
             ("/mounts/0/options", json!(["idmap"]), "mounts[0]"),
+            ("/mounts/0/options", json!(["ridmap=0:0:1"]), "mounts[0]"),
+            ("/mounts/0/options", json!(["tmpcopyup"]), "mounts[0].options"),
             ("/domainname", json!("d"), "domainname"),
         ];
         for (pointer, value, field) in cases {
@@ -468,7 +509,7 @@ mod tests {
     fn limits_are_read_from_bundles_and_updates() {
         let wanted = json!({"memory": {"limit": 1 << 20}, "pids": {"limit": 10}});
         let limits = read_value(&with("/linux/resources", wanted.clone())).unwrap().spec.resources;
-        assert_eq!(limits.pids_max, Some(krx_proto::Limit::At(10)));
+        assert_eq!(limits.pids_max, Some(Limit::At(10)));
         assert_eq!(resources(wanted.to_string().as_bytes()).unwrap(), limits);
         for bad in ["", "{", "[]", "null null", "7"] {
             assert!(resources(bad.as_bytes()).is_err(), "{bad}");
@@ -516,6 +557,8 @@ mod tests {
             ("/mounts/0/destination", json!("/a/../../b"), "mounts[0].destination"),
             ("/linux/namespaces", json!([{"type": "pid"}]), "hostname"),
             ("/linux/namespaces/1", json!({"type": "pid"}), "linux.namespaces[1].type"),
+            ("/process/user", json!([0, 0]), "process.user"),
+            ("/linux/seccomp", json!(["SCMP_ACT_ALLOW"]), "linux.seccomp"),
             ("/root", Value::Null, "root"),
             ("/process", Value::Null, "process"),
         ] {
