@@ -3,6 +3,7 @@
 //! A configuration can ask for more than a micro-VM honours. Whatever would make the container less confined or work
 //! otherwise than asked is refused by the name of its field ([`REFUSED`]); what has no meaning in a VM of its own is
 //! accepted and does nothing (`linux.cgroupsPath`, `annotations`, a network namespace: the VM is one).
+//! `docs/oci.md` has the table of all fields.
 
 mod devices;
 mod namespaces;
@@ -177,6 +178,10 @@ fn objects(raw: &Value, parent: &str, fields: &[&str]) -> Result<(), BundleError
 fn check(raw: &Value) -> Result<(), BundleError> {
     objects(raw, "", &OBJECTS)?;
     refuse(raw, "", &REFUSED)?;
+    let version = raw.get("ociVersion").and_then(Value::as_str).unwrap_or_default();
+    if !version.starts_with("1.") {
+        return Err(unsupported("ociVersion", format!("version {version:?} of the specification")));
+    }
     process::check(raw.pointer("/process").unwrap_or(&Value::Null))
 }
 
@@ -497,6 +502,10 @@ mod tests {
             ("/mounts/0/options", json!(["ridmap=0:0:1"]), "mounts[0]"),
             ("/mounts/0/options", json!(["tmpcopyup"]), "mounts[0].options"),
             ("/domainname", json!("d"), "domainname"),
+            ("/ociVersion", json!("2.0.0"), "ociVersion"),
+            ("/linux/intelRdt", json!({"closID": "x"}), "linux.intelRdt"),
+            ("/linux/mountLabel", json!("l"), "linux.mountLabel"),
+            ("/linux/personality", json!({"domain": "LINUX32"}), "linux.personality"),
         ];
         for (pointer, value, field) in cases {
             let error = read_value(&with(pointer, value)).unwrap_err();

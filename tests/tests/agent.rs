@@ -9,12 +9,12 @@ use std::thread;
 use std::time::Duration;
 
 use krx_proto::{
-    AgentError, Answer, Capabilities, ContainerSpec, CpuMax, ErrorKind, ExitStatus, Limit, ProcessSpec,
-    Request, Resources, Rlimit, Stream,
+    AgentError, Answer, Capabilities, ContainerSpec, CpuMax, Device, DeviceAccess, DeviceKind, DeviceRule,
+    ErrorKind, ExitStatus, Limit, Namespace, ProcessSpec, Request, Resources, Rlimit, SeccompFilter, Stream,
 };
 use krx_sandbox::agent::{AgentClient, CallError};
-use krx_sandbox::default_spec;
 use krx_sandbox::process::Process;
+use krx_sandbox::{bundle, default_spec};
 use tests::pod::{Living, Place, until};
 
 /// A living pod, and a connection of its own to the agent in it.
@@ -279,6 +279,126 @@ fn want_of_memory_is_told_before_the_end() {
     assert_eq!(stats.memory.events.oom_kill, kills);
     process.delete().expect("delete");
     assert_eq!(kind(second.answer()), ErrorKind::NotFound);
+}
+
+/// The filter that a bundle's profile stands for.
+fn filter(place: &Place, profile: &serde_json::Value) -> Option<SeccompFilter> {
+    let config = serde_json::json!({
+        "ociVersion": "1.0.2",
+        "root": {"path": "."},
+        "process": {"args": ["sh"], "cwd": "/", "user": {"uid": 0, "gid": 0}},
+        "linux": {"seccomp": profile}
+    });
+    place.scratch.write("bundle/config.json", config.to_string());
+    bundle::read("b", &place.scratch.join("bundle")).expect("bundle").spec.process.seccomp
+}
+
+#[test]
+fn a_profile_holds_the_first_process_and_those_that_follow() {
+    let Some(place) = Place::new() else { return };
+    let guest = Guest::new(&place);
+    let filter = filter(
+        &place,
+        &serde_json::json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [
+                {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 122},
+                {"names": ["sethostname"], "action": "SCMP_ACT_KILL_PROCESS"},
+                {"names": ["kill"], "action": "SCMP_ACT_ERRNO", "errnoRet": 28,
+                    "args": [{"index": 1, "value": 10, "op": "SCMP_CMP_EQ"}]}
+            ]
+        }),
+    );
+    assert!(filter.is_some());
+    let script = "mkdir /tmp/x 2>&1; kill -10 1 2>&1; kill -0 1 && echo may; hostname x 2>/dev/null; echo $?; \
+        grep -E '^(Seccomp:|CapPrm|NoNewPrivs)' /proc/self/status";
+    for no_new_privileges in [false, true] {
+        let id = format!("filtered-{no_new_privileges}");
+        let mut first = shell(&id, "exec sleep 1000");
+        first.process.seccomp = filter.clone();
+        first.process.no_new_privileges = no_new_privileges;
+        // A user without any capability: the one that the filter took to install is gone.
+        first.process.user.uid = 1000;
+        first.process.capabilities = Some(Capabilities::default());
+        let further_spec = ProcessSpec { args: shell("x", script).process.args, ..first.process.clone() };
+        let (text, _) = guest.run(&format!("{id}-first"), script, |spec| spec.process = further_spec.clone());
+        let process = guest.create(first).expect("create");
+        process.start().expect("start");
+        let further = guest.process(&id, "further");
+        further.exec(further_spec).expect("exec");
+        for text in [text, output(&further).0] {
+            // The shell writes an empty line for what ended by a signal.
+            let lines: Vec<_> = text.lines().filter(|line| !line.is_empty()).collect();
+            assert!(lines[0].contains("Disk quota exceeded"), "{text}");
+            assert!(lines[1].contains("No space left"), "{text}");
+            // 159: by SIGSYS.
+            assert_eq!(&lines[2..4], ["may", "159"], "{text}");
+            let values: Vec<_> = lines[4..].iter().map(|line| line.split_whitespace().last()).collect();
+            let privileges = if no_new_privileges { "1" } else { "0" };
+            assert_eq!(values, [Some("0000000000000000"), Some(privileges), Some("2")], "{text}");
+        }
+    }
+    let mut broken = shell("broken", "true");
+    broken.process.seccomp = Some(SeccompFilter::default());
+    assert_eq!(kind(guest.create(broken)), ErrorKind::Invalid);
+}
+
+#[test]
+fn devices_are_those_that_are_allowed() {
+    let Some(place) = Place::new() else { return };
+    let guest = Guest::new(&place);
+    // Memory and the kernel's log can be made as nodes, and not be opened; the usual ones can.
+    let script = "cd /dev; mknod kmsg2 c 1 11 && echo made; (: <kmsg2) 2>/dev/null || echo denied; \
+        head -c 1 zero >null && echo usual; ls -l my/full | cut -c1-10";
+    let full = Device {
+        path: "/dev/my/full".into(),
+        kind: DeviceKind::Char,
+        major: 1,
+        minor: 7,
+        mode: 0o640,
+        uid: 5,
+        gid: 6,
+    };
+    let all = Capabilities { bounding: !0, effective: !0, permitted: !0, ..Capabilities::default() };
+    let (text, _) = guest.run("devices", script, |spec| {
+        spec.process.capabilities = Some(all);
+        spec.devices = vec![full.clone()];
+    });
+    assert_eq!(text, "made\ndenied\nusual\ncrw-r-----\n");
+    let everything =
+        DeviceRule { allow: true, kind: None, major: None, minor: None, access: DeviceAccess::ALL };
+    let (text, _) = guest.run("privileged", script, |spec| {
+        spec.process.capabilities = Some(all);
+        spec.device_rules = vec![everything];
+    });
+    assert!(text.starts_with("made\nusual\n"), "{text}");
+    let mut outside = shell("outside", "true");
+    outside.devices = vec![Device { path: "/etc/full".into(), ..full }];
+    assert_eq!(kind(guest.create(outside)), ErrorKind::Invalid);
+}
+
+#[test]
+fn containers_of_a_pod_share_its_name_and_ipc() {
+    let Some(place) = Place::new() else { return };
+    let guest = Guest::new(&place);
+    let script = "hostname; readlink /proc/self/ns/ipc /proc/self/ns/uts /proc/self/ns/net";
+    let shared = |spec: &mut ContainerSpec| spec.namespaces = vec![Namespace::Pid];
+    let sandbox = guest.run("sandbox", script, |spec| {
+        shared(spec);
+        spec.hostname = Some("pod-1".into());
+    });
+    let container = guest.run("container", script, |spec| {
+        shared(spec);
+        spec.hostname = None;
+    });
+    assert!(sandbox.0.starts_with("pod-1\n"), "{}", sandbox.0);
+    assert_eq!(sandbox, container);
+    let alone = guest.run("alone", script, |_| ());
+    assert!(
+        alone.0.starts_with("alone\n") && alone.0.lines().nth(1) != container.0.lines().nth(1),
+        "{}",
+        alone.0
+    );
 }
 
 #[test]
