@@ -5,11 +5,15 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::DeviceError;
 use super::irq::Interrupt;
+
+/// Where the elements of the used ring begin, and their size (`struct virtq_used` of virtio 1.2, 2.7.8).
+const USED_RING: u64 = 4;
+const USED_ELEMENT: u64 = 8;
 
 /// A chain of descriptors over the guest's memory; iterates with a bound on its length, but a loose one, see
 /// [`MAX_PARTS`].
@@ -118,6 +122,29 @@ impl LiveQueue {
     /// A head index that is not in the queue, or rings the driver moved out of memory.
     pub fn add_used(&mut self, head: u16, written: u32) -> Result<(), DeviceError> {
         self.queue.add_used(&self.memory, head, written).map_err(DeviceError::Queue)
+    }
+
+    /// Hands several chains back of which the driver sees all or none: [`add_used`](Self::add_used) would show it the
+    /// first one before the last is there.
+    ///
+    /// # Errors
+    /// As [`add_used`](Self::add_used).
+    pub fn add_used_together(&mut self, chains: &[(u16, u32)]) -> Result<(), DeviceError> {
+        let Some(((last, written), others)) = chains.split_last() else { return Ok(()) };
+        let mut next = self.queue.next_used();
+        for (head, written) in others {
+            if *head >= self.queue.size() {
+                return Err(DeviceError::Queue(virtio_queue::Error::InvalidDescriptorIndex));
+            }
+            let slot = u64::from(next % self.queue.size());
+            let at = GuestAddress(self.queue.used_ring().saturating_add(USED_RING + slot * USED_ELEMENT));
+            let element = u64::from(*head) | u64::from(*written) << 32;
+            self.memory.write_obj(element.to_le(), at).map_err(DeviceError::Memory)?;
+            next = next.wrapping_add(1);
+        }
+        // The index that shows them all goes with the last one.
+        self.queue.set_next_used(next);
+        self.add_used(*last, *written)
     }
 
     /// Interrupts the driver unless it asked not to be.
@@ -238,5 +265,24 @@ mod tests {
         let mock = MockSplitQueue::new(&memory, 16);
         let (mut queue, _kick) = testing::live_queue(&memory, &mock, &testing::interrupt().0);
         assert!(queue.add_used(16, 0).is_err());
+    }
+
+    #[test]
+    fn chains_used_together_are_shown_at_once_and_in_order() {
+        let memory = testing::memory(1);
+        let mock = MockSplitQueue::new(&memory, 4);
+        let (mut queue, _kick) = testing::live_queue(&memory, &mock, &testing::interrupt().0);
+        let used = |index: usize| mock.used().ring().ref_at(index).unwrap().load();
+        queue.add_used_together(&[(3, 7), (1, 8), (2, 9)]).unwrap();
+        assert_eq!(u16::from_le(mock.used().idx().load()), 3);
+        let three: Vec<_> = (0..3).map(|index| (used(index).id(), used(index).len())).collect();
+        assert_eq!(three, [(3, 7), (1, 8), (2, 9)]);
+        // Around the end of the ring.
+        queue.add_used_together(&[(0, 1), (1, 2)]).unwrap();
+        queue.add_used_together(&[]).unwrap();
+        assert_eq!(u16::from_le(mock.used().idx().load()), 5);
+        assert_eq!(((used(3).id(), used(3).len()), (used(0).id(), used(0).len())), ((0, 1), (1, 2)));
+        assert!(queue.add_used_together(&[(4, 0), (0, 0)]).is_err());
+        assert!(queue.add_used_together(&[(0, 0), (4, 0)]).is_err());
     }
 }
