@@ -172,6 +172,7 @@ fn vmm_config(config: &PodConfig, paths: &PodPaths) -> Config {
         console: config.console,
         share: Some(Share { root: paths.share(), entries: config.container.shared().to_vec() }),
         vsock: Some(paths.vsock()),
+        net: Vec::new(),
         control: Some(paths.control()),
         lifeline_fd: None,
         state_dir: Some(paths.directory().into()),

@@ -4,10 +4,14 @@
 //! [`Config`] is what was typed: plain values, unknown keys refused. [`Config::validate`] turns it into
 //! [`ValidConfig`], whose newtypes cannot hold a value the machine could not be built with.
 
+pub mod interface;
+
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+
+use self::interface::{Interface, InterfaceError, ValidInterface};
 
 const MIB: u64 = 1 << 20;
 
@@ -36,6 +40,9 @@ pub struct Config {
     /// The vsock device's socket on the host; no device without it.
     #[serde(default)]
     pub vsock: Option<PathBuf>,
+    /// Network interfaces, each over a tap.
+    #[serde(default)]
+    pub net: Vec<Interface>,
     /// Control socket of the VMM; none without it.
     #[serde(default)]
     pub control: Option<PathBuf>,
@@ -85,6 +92,7 @@ pub struct ValidConfig {
     pub console: bool,
     pub share: Option<Share>,
     pub vsock: Option<PathBuf>,
+    pub net: Vec<ValidInterface>,
     pub control: Option<PathBuf>,
     pub lifeline_fd: Option<RawFd>,
     pub state_dir: Option<PathBuf>,
@@ -108,6 +116,8 @@ pub enum ConfigError {
     ShareName(String),
     #[error("Share entry name {0:?} is used twice")]
     ShareNameTwice(String),
+    #[error("Network interfaces cannot be used")]
+    Net(#[source] InterfaceError),
 }
 
 /// Longest addition to the kernel command line: the kernel's own limit is 2,048 bytes in all, krx needs some.
@@ -197,6 +207,7 @@ impl Config {
             console: self.console,
             share: self.share,
             vsock: self.vsock,
+            net: interface::validate(&self.net, self.lifeline_fd).map_err(ConfigError::Net)?,
             control: self.control,
             lifeline_fd: self.lifeline_fd,
             state_dir: self.state_dir,
@@ -264,5 +275,19 @@ mod tests {
     fn command_line_additions_are_printable_and_short() {
         assert!(Config { cmdline: "a\nb".into(), ..config() }.validate().is_err());
         assert!(Config { cmdline: "a".repeat(MAX_CMDLINE + 1), ..config() }.validate().is_err());
+    }
+
+    #[test]
+    fn interfaces_are_read_and_checked() {
+        let with = |net: &str| {
+            let json = format!(r#"{{"kernel":"/k","memory_mib":128,"vcpus":1,"lifeline_fd":4,"net":{net}}}"#);
+            Config::from_json(json.as_bytes())
+        };
+        let valid = with(r#"[{"tap_fd":5,"mac":"02:00:00:00:00:01"}]"#).unwrap().validate().unwrap();
+        assert_eq!((valid.net[0].tap_fd, valid.net[0].mtu.get()), (5, 1500));
+        assert!(with(r#"[{"tap_fd":5,"mac":"02:00:00:00:00:01","speed":10}]"#).is_err());
+        assert!(with(r#"[{"mac":"02:00:00:00:00:01"}]"#).is_err());
+        let lifeline = with(r#"[{"tap_fd":4,"mac":"02:00:00:00:00:01"}]"#).unwrap();
+        assert!(matches!(lifeline.validate(), Err(ConfigError::Net(InterfaceError::DescriptorTwice(4)))));
     }
 }
