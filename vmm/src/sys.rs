@@ -4,11 +4,11 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap};
 
 /// Size of a page of the host and of the guest.
 pub const PAGE_SIZE: u64 = 4096;
@@ -110,6 +110,148 @@ pub fn restrict_mount(path: &Path, attributes: MountAttributes) -> io::Result<()
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// The `IFF_*` flags with which a tun or tap descriptor was attached to its interface.
+///
+/// # Errors
+/// `ENOTTY` when it is no such descriptor, `EBADFD` when it has no interface.
+pub fn tap_flags(tap: BorrowedFd<'_>) -> io::Result<i32> {
+    let mut request = libc::ifreq {
+        ifr_name: [0; libc::IFNAMSIZ],
+        ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: 0 },
+    };
+    // SAFETY: TUNGETIFF writes one `ifreq`, which the pointer is to; other kinds of descriptors refuse the number.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNGETIFF, &raw mut request) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: every value of an integer is valid, and the flags are what TUNGETIFF writes into the union.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    Ok(flags.into())
+}
+
+/// Sets the size of the header that goes before each frame of a tap.
+///
+/// # Errors
+/// What TUNSETVNETHDRSZ says.
+pub fn set_tap_header_size(tap: BorrowedFd<'_>, size: i32) -> io::Result<()> {
+    // SAFETY: TUNSETVNETHDRSZ reads one `int`, which the pointer is to.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const size) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Sets the offloads (`TUN_F_*`) that whoever reads frames from a tap can do.
+///
+/// # Errors
+/// What TUNSETOFFLOAD says.
+pub fn set_tap_offloads(tap: BorrowedFd<'_>, offloads: u32) -> io::Result<()> {
+    // SAFETY: TUNSETOFFLOAD takes its argument by value.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(offloads)) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Attaches an open `/dev/net/tun` to the interface `name`, which is made for it.
+#[cfg(test)]
+pub(crate) fn attach_tap(tun: &File, name: &str, flags: i32) -> io::Result<()> {
+    let flags = libc::c_short::try_from(flags).map_err(io::Error::other)?;
+    let mut request = libc::ifreq {
+        ifr_name: [0; libc::IFNAMSIZ],
+        ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: flags },
+    };
+    for (place, byte) in request.ifr_name.iter_mut().zip(name.bytes().take(libc::IFNAMSIZ - 1)) {
+        *place = byte.cast_signed();
+    }
+    // SAFETY: TUNSETIFF reads and writes one `ifreq`, which the pointer is to; its name ends with a NUL.
+    let result = unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Pieces of guest memory that one readv(2) fills or one writev(2) sends. Looked up once, when they are added: a device
+/// that keeps its buffers between two calls pays nothing for them.
+pub struct GuestPieces {
+    memory: GuestMemoryMmap,
+    /// Each lies within a region of `memory`; there are never more than [`Self::MAX`].
+    pieces: Vec<libc::iovec>,
+    bytes: usize,
+}
+
+// SAFETY: the pointers lead into `memory`, which all threads may access and which lives as long as they do.
+unsafe impl Send for GuestPieces {}
+
+impl GuestPieces {
+    /// Two less than the kernel's limit (`UIO_MAXIOV`), as each call has a piece of the host besides.
+    pub const MAX: usize = 1022;
+
+    #[must_use]
+    pub fn new(memory: GuestMemoryMmap) -> Self {
+        Self { memory, pieces: Vec::new(), bytes: 0 }
+    }
+
+    /// Adds `len` bytes at `address`.
+    ///
+    /// # Errors
+    /// When they do not lie within one region of guest memory, or there are [`Self::MAX`] pieces already.
+    pub fn push(&mut self, address: GuestAddress, len: usize) -> Result<(), GuestMemoryError> {
+        if self.pieces.len() >= Self::MAX {
+            return Err(GuestMemoryError::IOError(io::ErrorKind::InvalidInput.into()));
+        }
+        let slice = self.memory.get_slice(address, len)?;
+        let host = slice.ptr_guard_mut().as_ptr().cast::<libc::c_void>();
+        self.pieces.push(libc::iovec { iov_base: host, iov_len: len });
+        self.bytes += len;
+        Ok(())
+    }
+
+    /// Removes the first `count` pieces.
+    pub fn remove_first(&mut self, count: usize) {
+        let count = count.min(self.pieces.len());
+        self.bytes -= self.pieces.drain(..count).map(|piece| piece.iov_len).sum::<usize>();
+    }
+
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.pieces.len()
+    }
+
+    /// Bytes of all pieces.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Reads into the pieces with one system call. A result beyond [`bytes`](Self::bytes) says that there was more than
+    /// they hold.
+    ///
+    /// # Errors
+    /// What readv(2) says.
+    pub fn read_from(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let mut beyond = 0_u8;
+        self.pieces.push(libc::iovec { iov_base: (&raw mut beyond).cast(), iov_len: 1 });
+        let count = libc::c_int::try_from(self.pieces.len()).unwrap_or_default();
+        // SAFETY: pointer and count are those of one live array. Its last element is the byte above; the others lie in
+        // mappings that `memory` keeps, and guest memory is only accessed volatilely, so no Rust reference to the bytes
+        // that are written exists.
+        let result = unsafe { libc::readv(fd.as_raw_fd(), self.pieces.as_ptr(), count) };
+        self.pieces.pop();
+        usize::try_from(result).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Writes `front` and then the pieces with one system call.
+    ///
+    /// # Errors
+    /// What writev(2) says.
+    pub fn write_to(&mut self, fd: BorrowedFd<'_>, front: &[u8]) -> io::Result<usize> {
+        let front = libc::iovec { iov_base: front.as_ptr().cast_mut().cast(), iov_len: front.len() };
+        self.pieces.insert(0, front);
+        let count = libc::c_int::try_from(self.pieces.len()).unwrap_or_default();
+        // SAFETY: pointer and count are those of one live array. Its first element is `front`, which is borrowed until
+        // after the call; the others lie in mappings that `memory` keeps. writev(2) only reads from all of them.
+        let result = unsafe { libc::writev(fd.as_raw_fd(), self.pieces.as_ptr(), count) };
+        let error = io::Error::last_os_error();
+        self.pieces.remove(0);
+        usize::try_from(result).map_err(|_| error)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,5 +261,54 @@ mod tests {
         for fd in [-1, 0, 2, 100_000] {
             assert!(adopt(fd).is_err(), "{fd}");
         }
+    }
+
+    #[test]
+    fn guest_pieces_are_read_and_written_in_order_and_say_when_there_was_more() {
+        use std::os::fd::AsFd;
+        use std::os::unix::net::UnixDatagram;
+
+        use vm_memory::Bytes;
+
+        let memory = crate::testing::memory(1);
+        let (here, there) = UnixDatagram::pair().unwrap();
+        let mut pieces = GuestPieces::new(memory.clone());
+        pieces.push(GuestAddress(0x2000), 3).unwrap();
+        pieces.push(GuestAddress(0x1000), 2).unwrap();
+        there.send(b"abcde").unwrap();
+        assert_eq!(pieces.read_from(here.as_fd()).unwrap(), 5);
+        assert_eq!(memory.read_obj::<[u8; 3]>(GuestAddress(0x2000)).unwrap(), *b"abc");
+        there.send(b"123456789").unwrap();
+        assert_eq!((pieces.read_from(here.as_fd()).unwrap(), pieces.bytes()), (6, 5));
+        pieces.write_to(here.as_fd(), b"front ").unwrap();
+        let mut sent = [0; 32];
+        let count = there.recv(&mut sent).unwrap();
+        assert_eq!(&sent[..count], b"front 12345");
+        pieces.remove_first(1);
+        assert_eq!((pieces.count(), pieces.bytes()), (1, 2));
+        pieces.remove_first(9);
+        assert_eq!((pieces.count(), pieces.bytes()), (0, 0));
+    }
+
+    #[test]
+    fn guest_pieces_lie_in_guest_memory_and_are_bounded() {
+        let mut pieces = GuestPieces::new(crate::testing::memory(1));
+        for (address, len) in [(1 << 20, 1), ((1 << 20) - 1, 2), (u64::MAX, 1), (0, 2 << 20)] {
+            assert!(pieces.push(GuestAddress(address), len).is_err(), "{address:#x} {len}");
+        }
+        for _ in 0..GuestPieces::MAX {
+            pieces.push(GuestAddress(0), 1).unwrap();
+        }
+        assert!(pieces.push(GuestAddress(0), 1).is_err());
+    }
+
+    #[test]
+    fn other_descriptors_are_no_taps() {
+        use std::os::fd::AsFd;
+
+        let null = File::open("/dev/null").unwrap();
+        assert!(tap_flags(null.as_fd()).is_err());
+        assert!(set_tap_header_size(null.as_fd(), 12).is_err());
+        assert!(set_tap_offloads(null.as_fd(), 0).is_err());
     }
 }

@@ -57,6 +57,7 @@ pub trait Device: Send {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum DeviceKind {
+    Net = virtio_bindings::virtio_ids::VIRTIO_ID_NET,
     Rng = virtio_bindings::virtio_ids::VIRTIO_ID_RNG,
     Vsock = virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK,
     Fs = virtio_bindings::virtio_ids::VIRTIO_ID_FS,
@@ -70,11 +71,12 @@ impl DeviceKind {
             Self::Rng => "rng",
             Self::Vsock => "vsock",
             Self::Fs => "fs",
+            Self::Net => "net",
         }
     }
 }
 
-/// Whether a worker shares the event loop's thread or has its own, because it blocks on the host's file systems.
+/// Whether a worker shares the event loop's thread or has its own, because the host's file systems or network take time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Placement {
     EventLoop,

@@ -7,6 +7,7 @@ pub mod device;
 pub mod fs;
 pub mod irq;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod vsock;

@@ -1,0 +1,6 @@
+//! The device against an emulated driver; a socket in the tap's place, and a tap where there is one.
+
+mod driver;
+mod frames;
+mod hostile;
+mod real_tap;
