@@ -27,6 +27,7 @@ use crate::kvm::vm::{KvmError, Vm};
 use crate::memory::{self, MemoryError};
 use crate::phase::{self, Phase};
 use crate::slots::Slots;
+use crate::virtio::net::Net;
 
 /// How a machine ended.
 #[derive(Debug)]
@@ -87,14 +88,23 @@ pub struct Machine {
     boot_deadline_ns: Option<u64>,
 }
 
+/// What the owner passed by descriptors.
+#[derive(Debug, Default)]
+pub struct Inherited {
+    /// The machine ends when its other end is closed.
+    pub lifeline: Option<OwnedFd>,
+    pub interfaces: Vec<Net>,
+}
+
 impl Machine {
-    /// Builds the machine and starts its vCPUs. The machine ends when the other end of `lifeline` is closed.
+    /// Builds the machine and starts its vCPUs. `inherited` are the descriptors that `config` names.
     ///
     /// The files of its sockets are there if, and only if, this succeeds; [`clean_up`] removes them.
     ///
     /// # Errors
     /// [`MachineError`]: a file that cannot be used, or what the host lacks.
-    pub fn start(config: &ValidConfig, lifeline: Option<OwnedFd>) -> Result<Self, MachineError> {
+    pub fn start(config: &ValidConfig, inherited: Inherited) -> Result<Self, MachineError> {
+        let Inherited { lifeline, interfaces } = inherited;
         let memory = memory::allocate(config.memory).map_err(MachineError::Memory)?;
         let vm = Vm::new(&memory).map_err(MachineError::Kvm)?;
         phase::mark(Phase::VmCreated);
@@ -121,7 +131,7 @@ impl Machine {
 
         let mut cmdline = base_cmdline(config).map_err(MachineError::Boot)?;
         let mut slots = Slots::new(&vm, &memory, Workers::new(&event_loop));
-        crate::slots::attach_devices(&mut slots, config)?;
+        crate::slots::attach_devices(&mut slots, config, interfaces)?;
         for device in slots.cmdline() {
             append(&mut cmdline, device).map_err(MachineError::Boot)?;
         }

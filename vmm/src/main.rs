@@ -9,8 +9,9 @@ use std::path::Path;
 use krx_vmm::config::{Config, ConfigError, ValidConfig};
 use krx_vmm::exit_code::ExitCode;
 use krx_vmm::klog::KlogError;
-use krx_vmm::machine::{self, Machine, MachineError, Outcome};
+use krx_vmm::machine::{self, Inherited, Machine, MachineError, Outcome};
 use krx_vmm::phase::{self, Phase};
+use krx_vmm::virtio::net::Net;
 use krx_vmm::{klog, report, share, sys};
 
 const USAGE: &str = "\
@@ -79,9 +80,9 @@ fn read(file: File) -> Result<ValidConfig, ConfigError> {
 
 fn run(config: &ValidConfig) -> ExitCode {
     // First of all: a number that was not inherited must not be that of something opened here.
-    let lifeline = match config.lifeline_fd.map(sys::adopt).transpose() {
-        Ok(lifeline) => lifeline,
-        Err(error) => return fail(ExitCode::Config, &report::chain(&MachineError::Lifeline(error))),
+    let inherited = match inherit(config) {
+        Ok(inherited) => inherited,
+        Err(message) => return fail(ExitCode::Config, &message),
     };
     if let Some(share) = &config.share
         && let Err(error) = share::mount(share)
@@ -91,7 +92,7 @@ fn run(config: &ValidConfig) -> ExitCode {
     phase::mark(Phase::Configured);
     // Never dropped: that would wait for the file server's thread, which a file system of the host can make wait for
     // ever. The process ends now, and all it holds with it.
-    let mut machine = match Machine::start(config, lifeline) {
+    let mut machine = match Machine::start(config, inherited) {
         Ok(machine) => ManuallyDrop::new(machine),
         Err(error) => return fail(start_failure(&error), &report::chain(&error)),
     };
@@ -101,6 +102,13 @@ fn run(config: &ValidConfig) -> ExitCode {
     };
     machine::clean_up(config);
     code
+}
+
+fn inherit(config: &ValidConfig) -> Result<Inherited, String> {
+    let lifeline = config.lifeline_fd.map(sys::adopt).transpose();
+    let lifeline = lifeline.map_err(|error| report::chain(&MachineError::Lifeline(error)))?;
+    let interfaces = Net::inherit(&config.net).map_err(|error| report::chain(&error))?;
+    Ok(Inherited { lifeline, interfaces })
 }
 
 fn start_failure(error: &MachineError) -> ExitCode {

@@ -15,6 +15,7 @@ use crate::machine::MachineError;
 use crate::virtio::device::Device;
 use crate::virtio::irq::Interrupt;
 use crate::virtio::mmio::MmioTransport;
+use crate::virtio::net::Net;
 use crate::virtio::{fs, rng, vsock};
 
 /// The slots filled so far.
@@ -66,11 +67,16 @@ impl<'a> Slots<'a> {
     }
 }
 
-/// Attaches the devices that `config` asks for.
+/// Attaches the devices that `config` asks for. `interfaces` come last, so that the others have the same slots in every
+/// VM.
 ///
 /// # Errors
 /// When a device's host side cannot be made, or KVM refuses.
-pub(crate) fn attach_devices(slots: &mut Slots<'_>, config: &ValidConfig) -> Result<(), MachineError> {
+pub(crate) fn attach_devices(
+    slots: &mut Slots<'_>,
+    config: &ValidConfig,
+    interfaces: Vec<Net>,
+) -> Result<(), MachineError> {
     if let Some(path) = &config.vsock {
         let device = vsock::Vsock::new(krx_proto::GUEST_CID, path.clone()).map_err(MachineError::Vsock)?;
         slots.attach(Box::new(device)).map_err(MachineError::Kvm)?;
@@ -79,5 +85,9 @@ pub(crate) fn attach_devices(slots: &mut Slots<'_>, config: &ValidConfig) -> Res
         let device = fs::Fs::new(krx_proto::SHARE_TAG, &share.root).map_err(MachineError::Fs)?;
         slots.attach(Box::new(device)).map_err(MachineError::Kvm)?;
     }
-    slots.attach(Box::new(rng::Rng)).map_err(MachineError::Kvm)
+    slots.attach(Box::new(rng::Rng)).map_err(MachineError::Kvm)?;
+    for interface in interfaces {
+        slots.attach(Box::new(interface)).map_err(MachineError::Kvm)?;
+    }
+    Ok(())
 }
