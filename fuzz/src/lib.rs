@@ -15,8 +15,10 @@ use krx_proto::{Call, Message};
 use krx_sandbox::bundle::{self, PodNamespaces};
 use krx_vmm::arch::x86_64::kernel;
 use krx_vmm::config::Config;
+use krx_vmm::config::interface::Mtu;
 use krx_vmm::klog;
 use krx_vmm::virtio::fs::Fs;
+use krx_vmm::virtio::net::Net;
 use krx_vmm::virtio::rng::Rng;
 use krx_vmm::virtio::vsock::Vsock;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -28,10 +30,11 @@ use crate::input::Input;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 9] = [
     ("mmio_rng", mmio_rng),
     ("mmio_vsock", mmio_vsock),
     ("mmio_fs", mmio_fs),
+    ("mmio_net", mmio_net),
     ("vmm_config", vmm_config),
     ("kernel", kernel),
     ("klog", klog),
@@ -70,6 +73,15 @@ pub fn mmio_fs(data: &[u8]) {
             device::drive(Box::new(fs), data, |_| ());
         }
     });
+}
+
+/// The same of the network device, with frames from outside.
+pub fn mmio_net(data: &[u8]) {
+    let (Ok(mac), Ok(mtu)) = ("02:00:00:00:00:01".parse(), Mtu::new(1500)) else { return };
+    let Some((mut wire, near)) = files::Wire::new() else { return };
+    if let Ok(net) = Net::over_socket(near, mac, mtu) {
+        device::drive(Box::new(net), data, |bytes| wire.say(bytes));
+    }
 }
 
 /// What is typed, or sent by krx, as the VMM's configuration.

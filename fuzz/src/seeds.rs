@@ -23,11 +23,12 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
         "mmio_rng" => vec![rng()],
         "mmio_vsock" => vsock(),
         "mmio_fs" => fs(),
+        "mmio_net" => net(),
         "vmm_config" => texts(&[
             r#"{"kernel":"/k","memory_mib":128,"vcpus":1}"#,
             r#"{"kernel":"/k","initramfs":"/i","cmdline":"a=b","memory_mib":4096,"vcpus":8,"console":true,
                "share":{"root":"/r","entries":[{"name":"rootfs","source":"/x","read_only":true}]},
-               "vsock":"/v","control":"/c","lifeline_fd":5,"state_dir":"/s","boot_timeout_ms":1000}"#,
+               "vsock":"/v","net":[{"tap_fd":6,"mac":"02:00:00:00:00:01","mtu":9000}],"control":"/c","lifeline_fd":5,"state_dir":"/s","boot_timeout_ms":1000}"#,
         ]),
         "kernel" => vec![elf(2, 0x10_0000, 64), elf(1, 0x10_0000, 64), elf(2, u64::MAX - 8, 64), bzimage()],
         "klog" => vec![log()],
@@ -80,8 +81,14 @@ impl Steps {
 
     /// Negotiates and starts a device with these sizes of its queues (virtio 1.2, 3.1.1 and 4.2.3.2).
     fn start(sizes: &[u32]) -> Self {
+        Self::start_with(0, sizes)
+    }
+
+    /// The same with device-specific features.
+    fn start_with(features: u32, sizes: &[u32]) -> Self {
         let mut steps = Self(Vec::new()).register(0x70, 0).register(0x70, 1).register(0x70, 3);
-        steps = steps.register(0x24, 1).register(0x20, 1).register(0x70, 11);
+        steps = steps.register(0x24, 0).register(0x20, features).register(0x24, 1).register(0x20, 1);
+        steps = steps.register(0x70, 11);
         for (queue, size) in (0_u8..).zip(sizes) {
             let low = |address: u64| u32::try_from(address).unwrap_or_default();
             steps = steps.register(0x30, queue.into()).register(0x38, *size);
@@ -212,6 +219,24 @@ fn fs() -> Vec<Vec<u8>> {
         steps.0
     };
     requests.into_iter().map(session).collect()
+}
+
+/// Without features; with mergeable buffers; with these and all offloads (virtio 1.2, 5.1.3).
+fn net() -> Vec<Vec<u8>> {
+    let session = |features: u32| {
+        let mut steps = Steps::start_with(features, &[16, 16]);
+        for index in 0..16_u8 {
+            steps = steps.describe(0, index, 0x10_0000 + u32::from(index) * 8192, 8192, 2).offer(0, index);
+        }
+        // NEEDS_CSUM, TCP over IPv4 in segments of 1,448 bytes.
+        let header = [1, 1, 54, 0, 0xa8, 5, 34, 0, 16, 0, 0, 0];
+        steps = steps.write(0x20_0000, &[0; 12]).write(0x21_0000, &header);
+        steps = steps.describe(1, 0, 0x20_0000, 112, 0).offer(1, 0);
+        steps = steps.describe(1, 1, 0x21_0000, 12, 1).describe(1, 2, 0x21_1000, 3000, 0).offer(1, 1).run();
+        steps = steps.outside(&[0]).outside(&[&[4], &[0; 12][..]].concat());
+        steps.outside(&[&[200], &header[..]].concat()).run().outside(&[2]).run().0
+    };
+    [0, 0x8000, 0x1_99ab].map(session).to_vec()
 }
 
 /// An ELF file of `class` (1: 32 bit, 2: 64 bit) with one segment.

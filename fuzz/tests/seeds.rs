@@ -93,4 +93,4 @@ macro_rules! targets {
     };
 }
 
-targets!(mmio_rng, mmio_vsock, mmio_fs, vmm_config, kernel, klog, agent_frames, bundle);
+targets!(mmio_rng, mmio_vsock, mmio_fs, mmio_net, vmm_config, kernel, klog, agent_frames, bundle);
