@@ -63,7 +63,7 @@ impl QueueConfig {
         if !self.ready || !queue.is_valid(memory) {
             return Err(DeviceError::BadChain("queue rings do not lie in guest memory"));
         }
-        Ok(LiveQueue { queue, memory: memory.clone(), kick, interrupt })
+        Ok(LiveQueue { queue, memory: memory.clone(), kick, interrupt, uncounted: false })
     }
 }
 
@@ -74,6 +74,8 @@ pub struct LiveQueue {
     memory: GuestMemoryMmap,
     kick: EventFd,
     interrupt: Interrupt,
+    /// Chains were handed back that the queue's own count of them, which decides on interrupts, does not have.
+    uncounted: bool,
 }
 
 impl LiveQueue {
@@ -142,6 +144,7 @@ impl LiveQueue {
             self.memory.write_obj(element.to_le(), at).map_err(DeviceError::Memory)?;
             next = next.wrapping_add(1);
         }
+        self.uncounted |= !others.is_empty();
         // The index that shows them all goes with the last one.
         self.queue.set_next_used(next);
         self.add_used(*last, *written)
@@ -152,7 +155,8 @@ impl LiveQueue {
     /// # Errors
     /// As [`add_used`](Self::add_used).
     pub fn notify(&mut self) -> Result<(), DeviceError> {
-        if self.queue.needs_notification(&self.memory).map_err(DeviceError::Queue)? {
+        let needed = self.queue.needs_notification(&self.memory).map_err(DeviceError::Queue)?;
+        if std::mem::take(&mut self.uncounted) || needed {
             self.interrupt.used_buffer();
         }
         Ok(())
@@ -248,6 +252,11 @@ mod tests {
         // One interrupt for several, if the index lies among them.
         memory.write_obj(5_u16, used_event).unwrap();
         (0..3).for_each(|head| queue.add_used(head, 0).unwrap());
+        queue.notify().unwrap();
+        assert_eq!(irq.read().unwrap(), 1);
+        // The first of two that are shown together is the one that the driver waits for.
+        memory.write_obj(7_u16, used_event).unwrap();
+        queue.add_used_together(&[(0, 0), (1, 0)]).unwrap();
         queue.notify().unwrap();
         assert_eq!(irq.read().unwrap(), 1);
 
