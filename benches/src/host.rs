@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount, umount};
+use nix::unistd::mkdtemp;
 
 /// Set by `tests/kvm-host` for what runs in an emulated host; `icount` where time is counted.
 const INSIDE: &str = "KRX_KVM_HOST_INSIDE";
@@ -31,8 +32,8 @@ impl Memory {
     /// # Errors
     /// No permission to mount.
     pub fn new() -> io::Result<Self> {
-        let path = PathBuf::from(format!("/tmp/krx-bench-{}", std::process::id()));
-        fs::create_dir(&path)?;
+        // Not named by PID: an emulated host has the PIDs of the one before, which may have been killed.
+        let path = mkdtemp("/tmp/krx-bench-XXXXXX")?;
         mount(Some("krx-bench"), &path, Some("tmpfs"), MsFlags::empty(), None::<&str>)?;
         Ok(Self(path))
     }
