@@ -30,8 +30,8 @@ const RESIDENT_BUDGET: f64 = 4.0;
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 /// Seconds after which QEMU's guest has booted; idle time passes at once where time is counted.
 const QEMU_SECONDS: u64 = 5;
-/// The same for its first boot, which reads the program and its libraries.
-const QEMU_WARM_UP: u64 = 60;
+/// Boots of QEMU for one that is measured, at the most.
+const QEMU_ATTEMPTS: usize = 12;
 /// Set for the copy of this program that measures.
 const REVISION: &str = "KRX_BENCH_REVISION";
 
@@ -218,17 +218,27 @@ fn qemu_rows(programs: &Programs, runs: usize, unit: &str) -> io::Result<Vec<Row
     }
     let qemu = Qemu { program: QEMU.into() };
     let size = SIZES[0];
-    qemu.boot(programs, size, QEMU_WARM_UP)?;
     let mut one = || qemu.boot(programs, size, QEMU_SECONDS);
+    qemu.warm()?;
     let mut times = Vec::new();
-    for _ in 0..runs {
+    // What is still missing comes from the share, and a wait for that lets a counting clock jump to the end.
+    for _ in 0..runs * QEMU_ATTEMPTS {
         let (spawned, events) = recorded(&[("kvm/kvm_pio", "")], &mut one)?;
-        let Some(pid1) = start::pid1_ns(&events) else {
-            println!("boot: QEMU's guest did not reach PID 1 within {QEMU_SECONDS} s, so no reference");
-            return Ok(Vec::new());
-        };
-        times.push(milliseconds(pid1.saturating_sub(spawned)));
+        times.extend(start::pid1_ns(&events).map(|pid1| milliseconds(pid1.saturating_sub(spawned))));
+        if times.len() > runs {
+            break;
+        }
     }
+    if times.len() <= runs {
+        println!(
+            "boot: QEMU's guest reached PID 1 within {QEMU_SECONDS} s in {} boots only, so no reference",
+            times.len()
+        );
+        return Ok(Vec::new());
+    }
+    // A jump adds seconds: what is near the least had none.
+    let least = times.iter().copied().fold(f64::INFINITY, f64::min);
+    times.retain(|time| *time < 1.5 * least);
     let name = format!("QEMU microvm, {size} MiB: exec to PID 1");
     let mut rows = vec![Row::new(name, unit, times)];
     let (spawned, events) = recorded(&[("kvm/kvm_pio", ""), ("kvm/kvm_exit", "")], &mut one)?;

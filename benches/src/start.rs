@@ -188,13 +188,31 @@ pub struct Qemu {
 }
 
 impl Qemu {
+    /// Reads into memory what QEMU will read: its program, libraries and firmware.
+    ///
+    /// # Errors
+    /// It cannot be executed.
+    pub fn warm(&self) -> io::Result<()> {
+        Command::new(&self.program).arg("--version").stdout(Stdio::null()).status()?;
+        let libraries = Command::new("ldd").arg(&self.program).output()?;
+        let libraries = String::from_utf8_lossy(&libraries.stdout).into_owned();
+        let libraries = libraries.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from);
+        let firmware = ["/usr/share/qemu", "/usr/share/seabios"].into_iter().flat_map(std::fs::read_dir);
+        let firmware = firmware.flatten().flatten().map(|entry| entry.path());
+        for file in libraries.chain(firmware).chain([self.program.clone()]) {
+            // Directories, and links that lead to nothing, are none of QEMU's.
+            let _ = std::fs::read(file);
+        }
+        Ok(())
+    }
+
     /// Boots until `recorded` shows that PID 1 ran, and gives when that was.
     ///
     /// # Errors
     /// It does not within a while.
     pub fn boot(&self, programs: &Programs, memory_mib: u64, seconds: u64) -> io::Result<u64> {
         let mut command = Command::new(&self.program);
-        command.args(["-M", "microvm,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=off"]);
+        command.args(["-M", "microvm,acpi=off,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=off"]);
         command.args(["-enable-kvm", "-cpu", "host", "-smp", "1", "-m", &format!("{memory_mib}M")]);
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
         command.arg("-kernel").arg(&programs.kernel).arg("-initrd").arg(&programs.initramfs);

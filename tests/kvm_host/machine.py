@@ -27,10 +27,12 @@ COVERED = ("/run/", "/dev/", "/proc/", "/sys/", "/var/run/")
 # -pku: with it TCG reports an inconsistent XSAVE size. -erms,-fsrm: TCG runs `rep movsb` bytewise.
 CPU = "max,+svm,-pku,-erms,-fsrm"
 
-# Pages are kept while a file's mtime and size stay what they are, and that is asked for again after a
-# second. virtiofsd's default, cache=auto, drops a file's pages whenever somebody opens it: then each
+# Pages are kept while a file's mtime and size stay what they are, and that is asked for again after so many
+# seconds. virtiofsd's default, cache=auto, drops a file's pages whenever somebody opens it: then each
 # exec inside reads libc through the share again.
-CACHE = "cache=always,timeout=1"
+ASK_AGAIN = 1
+# Waiting for an answer lets the clock of a counting host jump by seconds: what was read once is taken as it was.
+ASK_AGAIN_COUNTED = 86400
 
 # A crash ends QEMU (panic=-1 and -no-reboot), so that it is an error and not a hang.
 KERNEL_ARGUMENTS = (
@@ -130,10 +132,11 @@ class Machine:
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(self.directory / "fs.sock"))
         listener.listen(1)
+        ask_again = ASK_AGAIN_COUNTED if self.shape.icount else ASK_AGAIN
         with listener, qemus:
             self._spawn(
                 [setup.VIRTIOFSD, f"--fd={listener.fileno()}", "-o", "source=/"]
-                + ["-o", CACHE, "-o", "sandbox=chroot", "-o", "xattr"],
+                + ["-o", f"cache=always,timeout={ask_again}", "-o", "sandbox=chroot", "-o", "xattr"],
                 "virtiofsd.log",
                 listener,
             )
