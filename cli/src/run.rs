@@ -7,6 +7,7 @@ use std::time::Duration;
 use krx_sandbox::artifacts::Artifacts;
 use krx_sandbox::container::Container;
 use krx_sandbox::pod::{Pod, PodConfig, PodError};
+use krx_sandbox::preflight::Finding;
 use krx_sandbox::state_dir::{ExecBase, StateRoot};
 use krx_sandbox::timings::Timings;
 use krx_sandbox::volume::Volume;
@@ -26,7 +27,9 @@ pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
     timings.mark("krx main");
     let config = plan(arguments)?;
     let root = StateRoot::from_env();
-    preflight::check_start(&root, config.memory_mib)?;
+    for Finding { what, meaning, remedy, .. } in preflight::check_start(&root, config.memory_mib)? {
+        eprintln!("krx: warning: {what}: {meaning}. {remedy}");
+    }
     let spec = config.container.spec.process.clone();
     timings.mark("planned");
     let signals = Signals::watch()?;

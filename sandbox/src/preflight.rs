@@ -57,15 +57,22 @@ pub struct PreflightError {
     remedy: &'static str,
 }
 
-/// Checks what every start needs, in a few system calls.
+/// Checks what every start needs, in a few system calls. The first start after a boot of the host also hears, in
+/// return, what will not work.
 ///
 /// # Errors
 /// The first thing that is missing, with what to do.
-pub fn check_start(root: &StateRoot, memory_mib: u64) -> Result<(), PreflightError> {
+pub fn check_start(root: &StateRoot, memory_mib: u64) -> Result<Vec<Finding>, PreflightError> {
+    let first = key().is_none_or(|key| cached(&root.cache(), &key).is_none());
     let findings =
         [privilege(geteuid().is_root()), kvm_of_this_boot(root), memory(&read("/proc/meminfo"), memory_mib)];
     match findings.into_iter().find(|finding| finding.level == Level::Error) {
-        None => Ok(()),
+        None if first => {
+            let mounts = read("/proc/self/mounts");
+            let tun = tun(Path::new("/dev/net/tun").exists());
+            Ok([cgroup(&mounts), tun].into_iter().filter(|finding| finding.level == Level::Warning).collect())
+        }
+        None => Ok(Vec::new()),
         Some(Finding { what, meaning, remedy, .. }) => Err(PreflightError { what, meaning, remedy }),
     }
 }

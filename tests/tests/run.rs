@@ -283,3 +283,16 @@ fn kernel_of_ones_own_is_booted() {
     assert!(ended.out.ends_with("-krx\n"), "{ended:?}");
     assert!(ended.err.contains("Linux version"), "{ended:?}");
 }
+
+#[test]
+fn first_start_says_what_will_not_work() {
+    let Some(place) = Place::new() else { return };
+    let krx = place.run(&[], &["true"]);
+    let script = "mount -t tmpfs none /dev/net && \"$@\" && echo again >&2 && exec \"$@\"";
+    let mut hidden = std::process::Command::new("unshare");
+    hidden.args(["--mount", "sh", "-c", script, "sh"]).arg(krx.get_program()).args(krx.get_args());
+    let ended = finish(hidden.env("KRX_STATE_DIR", place.state()), b"").ok();
+    let (first, second) = ended.err.split_once("again\n").expect("two starts");
+    assert!(first.contains("warning: /dev/net/tun does not exist"), "{first}");
+    assert_eq!(second, "");
+}
