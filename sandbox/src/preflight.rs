@@ -63,9 +63,8 @@ pub struct PreflightError {
 /// # Errors
 /// The first thing that is missing, with what to do.
 pub fn check_start(root: &StateRoot, memory_mib: u64) -> Result<Vec<Finding>, PreflightError> {
-    let first = key().is_none_or(|key| cached(&root.cache(), &key).is_none());
-    let findings =
-        [privilege(geteuid().is_root()), kvm_of_this_boot(root), memory(&read("/proc/meminfo"), memory_mib)];
+    let (kvm, first) = kvm_of_this_boot(root);
+    let findings = [privilege(geteuid().is_root()), kvm, memory(&read("/proc/meminfo"), memory_mib)];
     match findings.into_iter().find(|finding| finding.level == Level::Error) {
         None if first => {
             let mounts = read("/proc/self/mounts");
@@ -124,14 +123,15 @@ fn ask() -> Asked {
     probe::open().and_then(probe::examine).map(|facts| probe::judge(&facts))
 }
 
-/// The probe's answer, from the cache if it is of this boot.
-fn kvm_of_this_boot(root: &StateRoot) -> Finding {
+/// The probe's answer, from the cache if it is of this boot; and whether it had to be asked.
+fn kvm_of_this_boot(root: &StateRoot) -> (Finding, bool) {
     let path = root.cache();
     let key = key();
     if let Some(key) = &key
         && let Some(answer) = cached(&path, key)
     {
-        return if answer.runs { runs(answer.what) } else { runs_not(answer.what) };
+        let found = if answer.runs { runs(answer.what) } else { runs_not(answer.what) };
+        return (found, false);
     }
     let asked = ask();
     let found = kvm(&asked);
@@ -139,7 +139,7 @@ fn kvm_of_this_boot(root: &StateRoot) -> Finding {
     if let (Some(key), Ok(_)) = (key, &asked) {
         keep(&path, &Answer { key, runs: found.level != Level::Error, what: found.what.clone() });
     }
-    found
+    (found, true)
 }
 
 /// Another boot has another id, a module that was loaded again another device node.
