@@ -25,20 +25,25 @@ const BOOT_TIMEOUT: u64 = 60;
 pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
     let timings = Arc::new(Timings::default());
     timings.mark("krx main");
-    let config = plan(arguments)?;
+    let (config, container, exec) = plan(arguments)?;
     let root = StateRoot::from_env();
     for Finding { what, meaning, remedy, .. } in preflight::check_start(&root, config.memory_mib)? {
         eprintln!("krx: warning: {what}: {meaning}. {remedy}");
     }
-    let spec = config.container.spec.process.clone();
     timings.mark("planned");
     let signals = Signals::watch()?;
-    let created = Pod::create(&root, config, &timings, |vmm| signals.booting(vmm));
-    let pod = match (created, signals.interrupted()) {
-        (_, Some(signal)) => return Err(CliError::Interrupted(signal)),
-        (pod, None) => pod?,
+    let create = || -> Result<_, PodError> {
+        let pod = Pod::boot(&root, config, &timings, |vmm| signals.booting(vmm))?;
+        let process = pod.create(&container.spec)?;
+        timings.mark("container created");
+        pod.publish(&container, exec)?;
+        Ok((pod, process))
     };
-    let status = attend(&pod.init(), Some(pod.vmm()), &spec, &signals, &timings)
+    let (pod, process) = match (create(), signals.interrupted()) {
+        (_, Some(signal)) => return Err(CliError::Interrupted(signal)),
+        (created, None) => created?,
+    };
+    let status = attend(&process, Some(pod.vmm()), &container.spec.process, &signals, &timings)
         .map_err(|error| pod.explain(error, PodError::Start));
     if arguments.timings.is_some() {
         pod.collect_timings(&timings);
@@ -59,7 +64,7 @@ pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
 }
 
 /// All that can be known to be right or wrong before anything is started.
-fn plan(arguments: &Run) -> Result<PodConfig, CliError> {
+fn plan(arguments: &Run) -> Result<(PodConfig, Container, ExecBase), CliError> {
     arguments.process.check()?;
     let memory_mib = parse::memory_mib(&arguments.memory)?;
     let vcpus = parse::cpus(&arguments.cpus)?;
@@ -72,7 +77,9 @@ fn plan(arguments: &Run) -> Result<PodConfig, CliError> {
     let artifacts = Artifacts::find(arguments.kernel.as_deref())?;
     let boot_timeout = boot_timeout()?;
     let console = arguments.console;
-    Ok(PodConfig { name, artifacts, vcpus, memory_mib, console, boot_timeout, container, exec })
+    let share = container.shared().to_vec();
+    let config = PodConfig { name, artifacts, vcpus, memory_mib, console, boot_timeout, share };
+    Ok((config, container, exec))
 }
 
 /// The container, and what a further process in it starts from.

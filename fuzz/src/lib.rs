@@ -135,7 +135,11 @@ pub fn bundle(data: &[u8]) {
             assert!((1..=krx_proto::MAX_SECCOMP).contains(&filter.program.len()));
         }
         let pod =
-            PodNamespaces { paths: vec!["/proc/7/ns/ipc".into()], is_sandbox: data.len().is_multiple_of(2) };
+            PodNamespaces {
+            paths: vec!["/proc/7/ns/ipc".into()],
+            is_sandbox: data.len().is_multiple_of(2),
+            share_prefix: String::new(),
+        };
         let _ = bundle::read_in_pod("fuzz", &directory, &pod);
         let _ = bundle::process(data, &first);
         let _ = bundle::resources(data);

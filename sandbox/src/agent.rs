@@ -5,6 +5,7 @@
 //! are capped, a reply that nobody asked for ends the connection, and every wait for a first word has a deadline.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::io::{self, BufReader, Cursor, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -83,10 +84,11 @@ pub struct Pending {
 }
 
 /// Who waits for which reply; `None` once the connection is gone.
-#[derive(Debug)]
 struct Replies(Mutex<Option<Waiting>>);
 
-type Waiting = HashMap<u32, mpsc::Sender<Result<Answer, AgentError>>>;
+type Waiting = HashMap<u32, Continuation>;
+/// What is to be done with a reply. Dropped when there will be none.
+type Continuation = Box<dyn FnOnce(Result<Answer, AgentError>) + Send>;
 
 impl Pending {
     /// Waits for the reply. A guest that is silent for too long is broken, or worse.
@@ -175,14 +177,28 @@ impl AgentClient {
     /// # Errors
     /// The connection is gone, or the request is larger than a frame.
     pub fn send(&self, request: Request) -> Result<Pending, CallError> {
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = mpsc::channel();
+        // Nobody waits for the reply to, say, a forwarded signal.
+        self.send_then(request, move |reply| drop(sender.send(reply)))?;
+        Ok(Pending { reply: receiver, limit: self.limit })
+    }
+
+    /// Sends a call and has its reply handed to `then`, on the thread that reads replies: it must not block. When the
+    /// connection is lost before there is a reply, `then` is dropped.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub fn send_then(
+        &self,
+        request: Request,
+        then: impl FnOnce(Result<Answer, AgentError>) + Send + 'static,
+    ) -> Result<(), CallError> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
         let frame = krx_proto::encode(&Call { number, request }).map_err(CallError::Send)?;
         // Written under the lock, so that frames of several threads do not mix.
         let mut replies = self.replies.lock();
-        replies.as_mut().ok_or(CallError::Lost)?.insert(number, sender);
-        (&self.socket).write_all(&frame).map_err(|_| CallError::Lost)?;
-        Ok(Pending { reply: receiver, limit: self.limit })
+        replies.as_mut().ok_or(CallError::Lost)?.insert(number, Box::new(then));
+        (&self.socket).write_all(&frame).map_err(|_| CallError::Lost)
     }
 
     /// Reads the hello, then starts the thread that reads replies.
@@ -228,6 +244,12 @@ impl Drop for AgentClient {
     }
 }
 
+impl fmt::Debug for Replies {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Replies").finish_non_exhaustive()
+    }
+}
+
 impl Replies {
     fn lock(&self) -> MutexGuard<'_, Option<Waiting>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -237,9 +259,8 @@ impl Replies {
     fn read(&self, from: &mut impl Read) {
         while let Ok(Message::Reply { number, result }) = read_frame(from) {
             let waiting = self.lock().as_mut().and_then(|replies| replies.remove(&number));
-            let Some(waiting) = waiting else { break };
-            // Nobody waits for the reply to, say, a forwarded signal.
-            let _ = waiting.send(result.map_err(presentable));
+            let Some(then) = waiting else { break };
+            then(result.map_err(presentable));
         }
         *self.lock() = None;
     }

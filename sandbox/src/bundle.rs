@@ -127,7 +127,8 @@ fn read_bundle(name: &str, directory: &Path, pod: Option<&PodNamespaces>) -> Res
     container.resources = resources::read(raw.pointer("/linux/resources").unwrap_or(&Value::Null))?;
     let root = spec.root().as_ref().ok_or(BundleError::Missing("root"))?;
     let mut container =
-        Container::new(container, &directory.join(root.path())).map_err(BundleError::Container)?;
+        Container::new(container, &directory.join(root.path()), pod.map_or("", |pod| &pod.share_prefix))
+            .map_err(BundleError::Container)?;
     for (index, mount) in spec.mounts().iter().flatten().enumerate() {
         add_mount(&mut container, directory, &format!("mounts[{index}]"), mount)?;
     }
@@ -415,7 +416,7 @@ mod tests {
         scratch.write("config.json", config.to_string().as_bytes());
         scratch.write("rootfs/bin/sh", b"");
         let paths = ["/proc/7/ns/ipc", "/proc/7/ns/uts", "/proc/7/ns/net"].map(PathBuf::from).into();
-        read_in_pod("web", scratch.path(), &PodNamespaces { paths, is_sandbox })
+        read_in_pod("web", scratch.path(), &PodNamespaces { paths, is_sandbox, ..PodNamespaces::default() })
     }
 
     #[test]

@@ -47,6 +47,8 @@ pub struct Container {
     pub spec: ContainerSpec,
     /// The root file system, then volumes.
     shared: Vec<ShareEntry>,
+    /// What its names in the share begin with: those of several containers must differ.
+    prefix: String,
 }
 
 impl Container {
@@ -55,26 +57,28 @@ impl Container {
     /// # Errors
     /// `rootfs` is not a directory that can be used.
     pub fn on_rootfs(name: &str, rootfs: &Path) -> Result<Self, ContainerError> {
-        Self::new(default_spec::container(name), rootfs)
+        Self::new(default_spec::container(name), rootfs, "")
     }
 
-    /// A container as `spec` says, whose `rootfs` is still to be shared.
+    /// A container as `spec` says, whose `rootfs` is still to be shared. Its names in the share begin with `prefix`.
     ///
     /// # Errors
     /// As [`Self::on_rootfs`].
-    pub fn new(mut spec: ContainerSpec, rootfs: &Path) -> Result<Self, ContainerError> {
+    pub fn new(mut spec: ContainerSpec, rootfs: &Path, prefix: &str) -> Result<Self, ContainerError> {
         let failed = |source| ContainerError::Rootfs { path: rootfs.into(), source };
         let source = rootfs.canonicalize().map_err(failed)?;
         if !fs::metadata(&source).map_err(failed)?.is_dir() {
             return Err(ContainerError::NotDirectory(rootfs.into()));
         }
-        spec.rootfs = format!("{SHARE_PATH}/{ROOTFS}");
-        Ok(Self { spec, shared: vec![ShareEntry { name: ROOTFS.into(), source, read_only: false }] })
+        let name = format!("{prefix}{ROOTFS}");
+        spec.rootfs = format!("{SHARE_PATH}/{name}");
+        let shared = vec![ShareEntry { name, source, read_only: false }];
+        Ok(Self { spec, shared, prefix: prefix.into() })
     }
 
     /// Shares a directory or file of the host and returns where the guest finds it.
     pub fn share(&mut self, source: PathBuf, read_only: bool) -> String {
-        let name = format!("volume-{}", self.shared.len());
+        let name = format!("{}volume-{}", self.prefix, self.shared.len());
         let path = format!("{SHARE_PATH}/{name}");
         self.shared.push(ShareEntry { name, source, read_only });
         path

@@ -1,12 +1,12 @@
-//! A pod: its name, its VM, the agent in it. Created with its container, and gone when dropped.
+//! A pod: its name, its VM, the agent in it. Containers are made in it one by one; it is gone when dropped.
 
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use krx_proto::{GuestInfo, Request};
-use krx_vmm::config::{Config, ConfigError, Share};
+use krx_proto::{ContainerSpec, GuestInfo, Request};
+use krx_vmm::config::{Config, ConfigError, Share, ShareEntry};
 
 use crate::agent::{AgentClient, CallError};
 use crate::artifacts::Artifacts;
@@ -65,9 +65,8 @@ pub struct PodConfig {
     pub console: bool,
     /// From the VMM's start to PID 1, again as long until the agent's hello, and then for each answer of the agent.
     pub boot_timeout: Duration,
-    pub container: Container,
-    /// What `krx exec` starts from.
-    pub exec: ExecBase,
+    /// What is shared with the guest from its start.
+    pub share: Vec<ShareEntry>,
 }
 
 /// A running pod.
@@ -77,54 +76,90 @@ pub struct Pod {
     agent: Arc<AgentClient>,
     vmm: Arc<VmmProcess>,
     directory: StateDir,
-    container: String,
+    vcpus: u32,
+    memory_mib: u64,
 }
 
 impl Pod {
-    /// Starts the VM and makes the container in it, its first process stopped before its exec. `spawned` gets the VMM
-    /// as soon as it runs, so that a start can be given up by ending it.
+    /// Starts the VM. `spawned` gets the VMM as soon as it runs, so that a start can be given up by ending it.
     ///
     /// # Errors
     /// [`PodError`]: what is in the way, with the VMM's own words where it ended.
-    pub fn create(
+    pub fn boot(
         root: &StateRoot,
         config: PodConfig,
         timings: &Timings,
         spawned: impl FnOnce(&Arc<VmmProcess>),
     ) -> Result<Self, PodError> {
-        let PodConfig { name, container, boot_timeout, .. } = &config;
-        let directory = root.create(name).map_err(PodError::State)?;
+        let PodConfig { vcpus, memory_mib, boot_timeout, .. } = config;
+        let directory = root.create(&config.name).map_err(PodError::State)?;
+        let program = config.artifacts.vmm.clone();
         let paths = directory.paths();
-        let vmm_config = vmm_config(&config, &paths);
+        let vmm_config = vmm_config(config, &paths);
         vmm_config.clone().validate().map_err(PodError::Config)?;
         let path = paths.agent_listener();
         let listener =
             UnixListener::bind(&path).map_err(|source| PodError::Listen { path: path.clone(), source })?;
-        let program = &config.artifacts.vmm;
-        let launch = Launch { program, config: vmm_config, lock: directory.lock() };
+        let launch = Launch { program: &program, config: vmm_config, lock: directory.lock() };
         timings.mark("vmm spawned");
         let vmm = Arc::new(VmmProcess::spawn(launch).map_err(PodError::Spawn)?);
         spawned(&vmm);
-        let up = || -> Result<AgentClient, PodError> {
-            let agent = AgentClient::accept(&listener, vmm.ended(), *boot_timeout)
-                .map_err(|what| PodError::Boot { verdict: boot_verdict(&vmm, &what), what })?;
-            timings.mark("agent ready");
-            let create = Request::Create(Box::new(container.spec.clone()));
-            let created = agent.send(create).and_then(|pending| pending.answer());
-            created.map_err(|error| lost(&vmm, error, PodError::Create))?;
-            timings.mark("container created");
-            directory.publish(&state(&config, &vmm)).map_err(PodError::State)?;
-            Ok(agent)
-        };
+        let agent = AgentClient::accept(&listener, vmm.ended(), boot_timeout)
+            .map_err(|what| PodError::Boot { verdict: boot_verdict(&vmm, &what), what });
         // Others may hold the VMM, too: it has to be gone before its directory is, which may be another pod's then.
-        let agent = up().inspect_err(|_| vmm.kill_and_wait())?;
-        Ok(Self { agent: Arc::new(agent), vmm, directory, container: container.spec.id.clone() })
+        let agent = agent.inspect_err(|_| vmm.kill_and_wait())?;
+        timings.mark("agent ready");
+        Ok(Self { agent: Arc::new(agent), vmm, directory, vcpus, memory_mib })
     }
 
-    /// The container's first process.
+    /// Makes a container, whose first process is stopped before its exec. What it shares is in the share already.
+    ///
+    /// # Errors
+    /// The agent refuses, or is gone.
+    pub fn create(&self, container: &ContainerSpec) -> Result<Process, PodError> {
+        let create = Request::Create(Box::new(container.clone()));
+        let created = self.agent.send(create).and_then(|pending| pending.answer());
+        created.map_err(|error| self.explain(error, PodError::Create))?;
+        Ok(self.process(&container.id, ""))
+    }
+
+    /// A process by its name; a container's first one has the empty name.
     #[must_use]
-    pub fn init(&self) -> Process {
-        Process::new(self.agent.clone(), self.directory.paths().vsock(), &self.container, "")
+    pub fn process(&self, container: &str, process: &str) -> Process {
+        Process::new(self.agent.clone(), self.directory.paths().vsock(), container, process)
+    }
+
+    /// Tells other commands of the pod and of its container.
+    ///
+    /// # Errors
+    /// The state cannot be written.
+    pub fn publish(&self, container: &Container, exec: ExecBase) -> Result<(), PodError> {
+        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let state = PodState {
+            name: self.directory.name(),
+            owner_pid: std::process::id(),
+            vmm_pid: self.vmm.pid(),
+            started: since_1970.as_secs(),
+            vcpus: self.vcpus,
+            memory_mib: self.memory_mib,
+            rootfs: container.rootfs().into(),
+            container: container.spec.id.clone(),
+            process: container.spec.process.clone(),
+            exec,
+        };
+        self.directory.publish(&state).map_err(PodError::State)
+    }
+
+    /// The connection to the agent.
+    #[must_use]
+    pub fn agent(&self) -> Arc<AgentClient> {
+        self.agent.clone()
+    }
+
+    /// Where the VMM has the pod's share, in its mount namespace.
+    #[must_use]
+    pub fn share(&self) -> PathBuf {
+        self.directory.paths().share()
     }
 
     /// The pod's VMM.
@@ -155,6 +190,11 @@ impl Pod {
 
     /// Ends the pod in good order: the guest powers off, else its VM is stopped.
     pub fn delete(self) {
+        self.shut_down();
+    }
+
+    /// As [`Self::delete`], for a pod that others hold, too.
+    pub fn shut_down(&self) {
         let asked = self.agent.send(Request::Shutdown).is_ok();
         if !asked || self.vmm.wait(POWER_OFF).is_none() {
             self.vmm.kill_and_wait();
@@ -162,37 +202,28 @@ impl Pod {
     }
 }
 
-fn vmm_config(config: &PodConfig, paths: &PodPaths) -> Config {
+impl Drop for Pod {
+    fn drop(&mut self) {
+        // Others may hold it: it has to be gone before the directory is.
+        self.vmm.kill_and_wait();
+    }
+}
+
+fn vmm_config(config: PodConfig, paths: &PodPaths) -> Config {
     Config {
-        kernel: config.artifacts.kernel.clone(),
-        initramfs: Some(config.artifacts.initramfs.clone()),
+        kernel: config.artifacts.kernel,
+        initramfs: Some(config.artifacts.initramfs),
         cmdline: String::new(),
         memory_mib: config.memory_mib,
         vcpus: config.vcpus,
         console: config.console,
-        share: Some(Share { root: paths.share(), entries: config.container.shared().to_vec() }),
+        share: Some(Share { root: paths.share(), entries: config.share }),
         vsock: Some(paths.vsock()),
         net: Vec::new(),
         control: Some(paths.control()),
         lifeline_fd: None,
         state_dir: Some(paths.directory().into()),
         boot_timeout_ms: u64::try_from(config.boot_timeout.as_millis()).unwrap_or(u64::MAX),
-    }
-}
-
-fn state(config: &PodConfig, vmm: &VmmProcess) -> PodState {
-    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    PodState {
-        name: config.name.clone(),
-        owner_pid: std::process::id(),
-        vmm_pid: vmm.pid(),
-        started: since_1970.as_secs(),
-        vcpus: config.vcpus,
-        memory_mib: config.memory_mib,
-        rootfs: config.container.rootfs().into(),
-        container: config.container.spec.id.clone(),
-        process: config.container.spec.process.clone(),
-        exec: config.exec,
     }
 }
 

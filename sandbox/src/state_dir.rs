@@ -278,6 +278,12 @@ impl StateDir {
         PodPaths(self.path.clone())
     }
 
+    /// The pod's name.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
     /// The locked file; a child that inherits it keeps the name taken.
     #[must_use]
     pub fn lock(&self) -> BorrowedFd<'_> {

@@ -178,6 +178,11 @@ impl VmmProcess {
         self.life.event.as_fd()
     }
 
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.life.lock().is_some()
+    }
+
     /// Sends `SIGTERM`: the guest is told to power off, and stopped when it has not after a while.
     pub fn terminate(&self) {
         self.signal(Signal::SIGTERM);

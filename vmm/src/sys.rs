@@ -1,7 +1,7 @@
 //! Every system call that needs `unsafe` and is not KVM's, behind safe functions.
 #![allow(unsafe_code)]
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -82,29 +82,102 @@ pub struct MountAttributes {
     pub recursive: bool,
 }
 
+impl MountAttributes {
+    fn raw(self) -> libc::mount_attr {
+        let mut attr_set = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID;
+        if self.read_only {
+            attr_set |= libc::MOUNT_ATTR_RDONLY;
+        }
+        libc::mount_attr { attr_set, attr_clr: 0, propagation: libc::MS_PRIVATE, userns_fd: 0 }
+    }
+
+    fn flags(self) -> i32 {
+        if self.recursive { libc::AT_RECURSIVE } else { 0 }
+    }
+}
+
 /// Restricts the mount at `path`.
 ///
 /// # Errors
 /// What mount_setattr(2) says; `ENOSYS` before Linux 5.12.
 pub fn restrict_mount(path: &Path, attributes: MountAttributes) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
-    let mut attr_set = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID;
-    if attributes.read_only {
-        attr_set |= libc::MOUNT_ATTR_RDONLY;
-    }
-    let attributes_in =
-        libc::mount_attr { attr_set, attr_clr: 0, propagation: libc::MS_PRIVATE, userns_fd: 0 };
-    let flags = if attributes.recursive { libc::AT_RECURSIVE } else { 0 };
+    set_mount_attributes(libc::AT_FDCWD, &path, attributes.flags(), &attributes.raw())
+}
+
+/// Restricts a mount, or a tree of mounts that is not attached anywhere, at its root.
+///
+/// # Errors
+/// As [`restrict_mount`].
+pub fn restrict_tree(tree: BorrowedFd<'_>, attributes: MountAttributes) -> io::Result<()> {
+    set_mount_attributes(tree.as_raw_fd(), c"", libc::AT_EMPTY_PATH | attributes.flags(), &attributes.raw())
+}
+
+/// Lets a detached mount be written to.
+///
+/// # Errors
+/// As [`restrict_mount`].
+pub fn make_tree_writable(tree: BorrowedFd<'_>) -> io::Result<()> {
+    let writable =
+        libc::mount_attr { attr_set: 0, attr_clr: libc::MOUNT_ATTR_RDONLY, propagation: 0, userns_fd: 0 };
+    set_mount_attributes(tree.as_raw_fd(), c"", libc::AT_EMPTY_PATH, &writable)
+}
+
+fn set_mount_attributes(
+    directory: RawFd,
+    path: &CStr,
+    flags: i32,
+    attributes: &libc::mount_attr,
+) -> io::Result<()> {
     // SAFETY: the path is a NUL-terminated string and the structure is of the size given; both outlive the call, which
     // keeps neither.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
-            libc::AT_FDCWD,
+            directory,
             path.as_ptr(),
             flags,
-            &raw const attributes_in,
+            std::ptr::from_ref(attributes),
             size_of::<libc::mount_attr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Copies the mount at `path`, with all mounts below it if `recursive`, into a tree that is attached nowhere and goes
+/// with the descriptor.
+///
+/// # Errors
+/// What open_tree(2) says.
+pub fn clone_tree(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let recursive = if recursive { libc::AT_RECURSIVE.cast_unsigned() } else { 0 };
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | recursive;
+    // SAFETY: the path is a NUL-terminated string that outlives the call.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
+    let fd = RawFd::try_from(fd).map_err(|_| io::ErrorKind::InvalidData)?;
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: open_tree has just returned this new descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Attaches a detached tree at `path`.
+///
+/// # Errors
+/// What move_mount(2) says.
+pub fn attach_tree(tree: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: both paths are NUL-terminated strings that outlive the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            libc::MOVE_MOUNT_F_EMPTY_PATH,
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }

@@ -18,6 +18,8 @@ pub struct PodNamespaces {
     /// The container is the one that the pod begins with: the network, IPC and UTS namespaces it is to have anew are
     /// the pod's.
     pub is_sandbox: bool,
+    /// What the container's names in the pod's share begin with.
+    pub share_prefix: String,
 }
 
 /// New namespaces of a container, and whether it has the pod's host name.
@@ -88,7 +90,7 @@ mod tests {
     fn pod(is_sandbox: bool) -> PodNamespaces {
         let paths =
             ["/proc/7/ns/ipc", "/proc/7/ns/uts", "/proc/7/ns/net", "/proc/7/ns/pid", "/run/netns/cni"];
-        PodNamespaces { paths: paths.map(PathBuf::from).into(), is_sandbox }
+        PodNamespaces { paths: paths.map(PathBuf::from).into(), is_sandbox, share_prefix: String::new() }
     }
 
     #[test]
