@@ -115,10 +115,18 @@ pub fn read_in_pod(name: &str, directory: &Path, pod: &PodNamespaces) -> Result<
     read_bundle(name, directory, Some(pod))
 }
 
-fn read_bundle(name: &str, directory: &Path, pod: Option<&PodNamespaces>) -> Result<Container, BundleError> {
+/// The bytes of a bundle's configuration.
+///
+/// # Errors
+/// It is missing, no regular file, or larger than any configuration that krx takes.
+pub fn config_json(directory: &Path) -> Result<Vec<u8>, BundleError> {
     let path = directory.join("config.json");
-    let json = image_file::read(&path, MAX_CONFIG)
-        .map_err(|source| BundleError::Read { path: path.clone(), source })?;
+    image_file::read(&path, MAX_CONFIG).map_err(|source| BundleError::Read { path, source })
+}
+
+fn read_bundle(name: &str, directory: &Path, pod: Option<&PodNamespaces>) -> Result<Container, BundleError> {
+    let json = config_json(directory)?;
+    let path = directory.join("config.json");
     let failed = |source| BundleError::Parse { path: path.clone(), source };
     let raw: Value = serde_json::from_slice(&json).map_err(failed)?;
     let spec: Spec = serde_json::from_slice(&json).map_err(failed)?;

@@ -121,9 +121,10 @@ pub struct VmmProcess {
 }
 
 /// Shared between the owner and the thread that watches the child.
-#[derive(Debug)]
 struct Life {
     end: Mutex<Option<End>>,
+    /// What is to be done at the end.
+    then: Mutex<Vec<Box<dyn FnOnce() + Send>>>,
     ended: Condvar,
     /// Becomes readable when the child has ended, for those who poll.
     event: EventFd,
@@ -158,7 +159,8 @@ impl VmmProcess {
         let stderr = child.stderr.take();
         let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|error| failed(error.into()))?;
-        let life = Arc::new(Life { end: Mutex::new(None), ended: Condvar::new(), event });
+        let life =
+            Arc::new(Life { end: Mutex::new(None), then: Mutex::default(), ended: Condvar::new(), event });
         let watched = life.clone();
         thread::Builder::new()
             .name("vmm-watch".into())
@@ -181,6 +183,16 @@ impl VmmProcess {
     #[must_use]
     pub fn has_ended(&self) -> bool {
         self.life.lock().is_some()
+    }
+
+    /// Has `then` called once the VMM has ended; at once if it has already.
+    pub fn on_end(&self, then: impl FnOnce() + Send + 'static) {
+        let end = self.life.lock();
+        if end.is_some() {
+            then();
+        } else {
+            self.life.then.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(then));
+        }
     }
 
     /// Sends `SIGTERM`: the guest is told to power off, and stopped when it has not after a while.
@@ -303,6 +315,12 @@ impl Drop for VmmProcess {
     }
 }
 
+impl fmt::Debug for Life {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Life").field("end", &self.end).finish_non_exhaustive()
+    }
+}
+
 impl Life {
     fn lock(&self) -> MutexGuard<'_, Option<End>> {
         self.end.lock().unwrap_or_else(PoisonError::into_inner)
@@ -319,6 +337,9 @@ impl Life {
         *end = Some(End { exit, report });
         self.ended.notify_all();
         let _ = self.event.write(1);
+        drop(end);
+        let then = std::mem::take(&mut *self.then.lock().unwrap_or_else(PoisonError::into_inner));
+        then.into_iter().for_each(|then| then());
     }
 
     fn wait(&self, timeout: Duration) -> Option<End> {

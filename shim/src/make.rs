@@ -1,0 +1,128 @@
+//! Makes the containers of a pod, the first with its VM. All of it blocks, and is called on threads that may.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+
+use containerd_shim::mount_linux::mount_rootfs;
+use containerd_shim_protos::api::Mount;
+use krx_proto::ProcessSpec;
+use krx_sandbox::bundle::{self, PodNamespaces};
+use krx_sandbox::container::Container;
+use krx_sandbox::share::{Placed, Prepared};
+
+use crate::config_json::{ConfigJson, Role};
+use crate::error::{Result, ShimError};
+use crate::io::{Connected, Stdio};
+use crate::vm::Vm;
+
+/// What containerd says of a container to be made.
+#[derive(Debug)]
+pub(crate) struct Order {
+    pub(crate) namespace: String,
+    pub(crate) id: String,
+    pub(crate) bundle: PathBuf,
+    /// The snapshotter's mounts; empty for a root that is there already.
+    pub(crate) rootfs: Vec<Mount>,
+    pub(crate) stdio: Stdio,
+}
+
+/// A container in the guest, whose first process waits for its start.
+#[derive(Debug)]
+pub(crate) struct Made {
+    pub(crate) spec: ProcessSpec,
+    pub(crate) placed: Placed,
+    pub(crate) connected: Connected,
+}
+
+/// Makes what was ordered: a pod with its VM (and no container where the order is for its sandbox), or, in `vm`, a
+/// container more.
+pub(crate) fn make(order: &Order, vm: Option<Arc<Vm>>) -> Result<(Arc<Vm>, Option<Made>)> {
+    let config = ConfigJson::read(&order.bundle)?;
+    match (&config.role, vm) {
+        (Role::Sandbox, None) => {
+            // What the pod cannot have is refused now, as its containers could not be told of it.
+            bundle::read_in_pod(&order.id, &order.bundle, &first(&config))?;
+            let vm = Vm::boot(&order.namespace, &order.id, &config)?;
+            Ok((Arc::new(vm), None))
+        }
+        (Role::Single, None) => single(order, &config),
+        (Role::Member(sandbox), Some(vm)) if *sandbox == vm.sandbox => {
+            let made = member(order, &vm)?;
+            Ok((vm, Some(made)))
+        }
+        (Role::Member(sandbox), _) => Err(ShimError::not_found(format!(
+            "This shim has no pod {sandbox}: it was not made, or has ended"
+        ))),
+        (Role::Sandbox | Role::Single, Some(vm)) => {
+            Err(ShimError::wrong_state(format!("This shim has a pod already, that of {}", vm.sandbox)))
+        }
+    }
+}
+
+/// Namespaces of a pod, as the container with which it begins speaks of them.
+fn first(config: &ConfigJson) -> PodNamespaces {
+    PodNamespaces {
+        paths: config.netns.iter().cloned().collect(),
+        is_sandbox: true,
+        share_prefix: "0-".into(),
+    }
+}
+
+/// A container alone in its VM. Its files are got ready while the VM boots.
+fn single(order: &Order, config: &ConfigJson) -> Result<(Arc<Vm>, Option<Made>)> {
+    let mut container = bundle::read_in_pod(&order.id, &order.bundle, &first(config))?;
+    let (vm, prepared) = thread::scope(|scope| {
+        let preparing = scope.spawn(|| prepare(&mut container, &order.rootfs));
+        let vm = Vm::boot(&order.namespace, &order.id, config);
+        let prepared = preparing.join().unwrap_or_else(|_| Err(ShimError::internal("Mounting has failed")));
+        (vm, prepared)
+    });
+    let vm = vm?;
+    let made = finish(order, container, prepared?, &vm)?;
+    Ok((Arc::new(vm), Some(made)))
+}
+
+fn member(order: &Order, vm: &Vm) -> Result<Made> {
+    let mut container = bundle::read_in_pod(&order.id, &order.bundle, &vm.namespaces())?;
+    vm.adopt(&mut container);
+    let prepared = prepare(&mut container, &order.rootfs)?;
+    finish(order, container, prepared, vm)
+}
+
+fn prepare(container: &mut Container, rootfs: &[Mount]) -> Result<Prepared> {
+    // The host's CPUs are not the guest's, and the kubelet's CPU manager knows those of the host.
+    container.spec.resources.cpuset_cpus = None;
+    container.spec.resources.cpuset_mems = None;
+    Ok(Prepared::new(container, |root| mount_all(rootfs, root))?)
+}
+
+fn mount_all(mounts: &[Mount], root: &Path) -> containerd_shim::Result<()> {
+    mounts.iter().try_for_each(|mount| {
+        let target = match mount.target.trim_start_matches('/') {
+            "" => root.to_path_buf(),
+            below => root.join(below),
+        };
+        let given = |value: &'_ str| (!value.is_empty()).then(|| value.to_string());
+        let (kind, source) = (given(&mount.type_), given(&mount.source));
+        mount_rootfs(kind.as_deref(), source.as_deref(), &mount.options, target)
+    })
+}
+
+/// Puts the container's files into the share and makes it; what fails leaves nothing.
+fn finish(order: &Order, mut container: Container, prepared: Prepared, vm: &Vm) -> Result<Made> {
+    container.spec.process.stdin = !order.stdio.stdin.is_empty();
+    let placed = vm.place(prepared)?;
+    let made = || -> Result<Connected> {
+        let process = vm.pod.create(&container.spec)?;
+        // A guest that does not take connections is not to be dealt with any longer; its containers go with it.
+        Ok(order.stdio.connect(&process)?)
+    };
+    match made() {
+        Ok(connected) => Ok(Made { spec: container.spec.process, placed, connected }),
+        Err(error) => {
+            vm.take_away(&placed);
+            Err(error)
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! The action `serve`: the process that serves a pod, from the first request to the end of its last task.
+
+use std::collections::HashMap;
+use std::env;
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::time::Duration;
+
+use containerd_shim_protos::shim_async::create_task;
+use containerd_shim_protos::ttrpc::r#async::transport::Listener;
+use containerd_shim_protos::ttrpc::r#async::{Server, Service as Methods};
+use nix::sys::signal::{SigSet, Signal};
+use tokio::sync::{Notify, mpsc};
+
+use crate::events::Events;
+use crate::flags::Flags;
+use crate::service::Service;
+use crate::shim::Shim;
+use crate::start::TTRPC_ADDRESS;
+use crate::tasks::Tasks;
+use crate::watch;
+
+/// The Task API's name up to containerd 1.7; containerd 2 knows the same messages by another. It takes either.
+const TASK_V2: &str = "containerd.task.v2.Task";
+/// For the last events to be delivered.
+const LAST_EVENTS: Duration = Duration::from_secs(5);
+
+/// Why the shim could not serve.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ServeError {
+    #[error("Standard input is not a socket to serve on: the action `serve` is the shim's own")]
+    Listener(#[source] io::Error),
+    #[error("{TTRPC_ADDRESS} is not set")]
+    NoTtrpc,
+    #[error("Runtime cannot be made")]
+    Runtime(#[source] io::Error),
+    #[error("Server cannot be started")]
+    Server(#[source] containerd_shim_protos::ttrpc::Error),
+}
+
+/// Carries the action out.
+pub(crate) fn serve(flags: &Flags) -> Result<(), ServeError> {
+    let listener = io::stdin().as_fd().try_clone_to_owned().map_err(ServeError::Listener)?;
+    let listener = UnixListener::from(listener);
+    let address = listener.local_addr().map_err(ServeError::Listener)?;
+    let events = env::var(TTRPC_ADDRESS).map_err(|_| ServeError::NoTtrpc)?;
+    // Whoever ends the shim takes its pod along: containerd asks for it by requests.
+    block_signals();
+    if let Err(error) = containerd_shim::logger::init(flags.debug, "info", &flags.namespace, &flags.id) {
+        // Without a log, tasks can still be served.
+        eprintln!("containerd-shim-krx-v2: no log: {error}");
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
+    let served = runtime.map_err(ServeError::Runtime)?.block_on(run(flags, listener, &events));
+    if let Some(path) = address.as_pathname() {
+        let _ = fs::remove_file(path);
+    }
+    // Not to wait for threads that wait for a guest.
+    served.map(|()| std::process::exit(0))
+}
+
+/// Blocks them; the VMM, a child, sets its own mask.
+fn block_signals() {
+    let ignored: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
+    let _ = ignored.thread_block();
+}
+
+async fn run(flags: &Flags, listener: UnixListener, address: &str) -> Result<(), ServeError> {
+    let (events, forwarding) = Events::to(address, &flags.namespace);
+    let (notices, waiting) = mpsc::unbounded_channel();
+    let shim = Arc::new(Shim {
+        namespace: flags.namespace.clone(),
+        tasks: Tasks::default(),
+        events,
+        notices,
+        done: Notify::new(),
+    });
+    let watching = tokio::spawn(watch::handle(shim.clone(), waiting));
+    let listener = Listener::try_from(listener).map_err(ServeError::Listener)?;
+    let mut server = Server::new().add_listener(listener).register_service(services(&shim));
+    server.start().await.map_err(ServeError::Server)?;
+    shim.done.notified().await;
+    let _ = server.shutdown().await;
+    watching.abort();
+    let _ = watching.await;
+    drop((server, shim));
+    let _ = tokio::time::timeout(LAST_EVENTS, forwarding).await;
+    Ok(())
+}
+
+/// The Task service under both of its names.
+fn services(shim: &Arc<Shim>) -> HashMap<String, Methods> {
+    let service = || create_task(Arc::new(Service(shim.clone())));
+    let mut services = service();
+    services.extend(service().into_values().map(|methods| (TASK_V2.to_string(), methods)));
+    services
+}

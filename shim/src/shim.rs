@@ -1,0 +1,359 @@
+//! The verbs of a shim, as containerd has them, over the pod's VM. What they are called with and answer on the wire is
+//! the business of `service`.
+
+use std::sync::Arc;
+
+use containerd_shim_protos::api::Status;
+use containerd_shim_protos::events::task::{
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskPaused, TaskResumed, TaskStart,
+};
+use krx_proto::{Answer, ErrorKind, Request, Stats, TerminalSize};
+use krx_sandbox::agent::CallError;
+use krx_sandbox::bundle;
+use log::{info, warn};
+use tokio::sync::{Notify, mpsc};
+use tokio::task::spawn_blocking;
+
+use crate::error::{Result, ShimError};
+use crate::events::Events;
+use crate::io::Stdio;
+use crate::make::{Order, make};
+use crate::process::{Exit, Life, Process};
+use crate::tasks::{ContainerPart, Task, Tasks};
+use crate::watch::{self, Notice};
+
+/// A shell's code for a program that was not found, and for one that cannot be executed.
+const NOT_FOUND: u32 = 127;
+const NOT_EXECUTABLE: u32 = 126;
+
+/// What a pod's sandbox ends by, of the signals that it may get.
+const KILL: i32 = 9;
+const TERMINATE: i32 = 15;
+const INTERRUPT: i32 = 2;
+
+/// Everything a shim has.
+#[derive(Debug)]
+pub(crate) struct Shim {
+    pub(crate) namespace: String,
+    pub(crate) tasks: Tasks,
+    pub(crate) events: Events,
+    pub(crate) notices: mpsc::UnboundedSender<Notice>,
+    /// Told when the shim is to end.
+    pub(crate) done: Notify,
+}
+
+/// What is known of a process.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) task: Arc<Task>,
+    pub(crate) stdio: Stdio,
+    pub(crate) status: Status,
+    pub(crate) exit: Option<Exit>,
+}
+
+/// Runs what blocks where it may.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let result = spawn_blocking(work).await;
+    result.unwrap_or_else(|_| Err(ShimError::internal("The shim has failed at this request")))
+}
+
+impl Shim {
+    /// Makes a task: the pod's VM, a container, or both.
+    pub(crate) async fn create(self: &Arc<Self>, order: Order) -> Result<u32> {
+        order.stdio.check()?;
+        let (reservation, vm) = self.tasks.reserve(&order.id)?;
+        let made_first = vm.is_none();
+        let (order, made) = blocking(move || make(&order, vm).map(|made| (order, made))).await?;
+        let (vm, made) = made;
+        let (container, copies) = match made {
+            None => (None, None),
+            Some(made) => {
+                let copies = order.stdio.copy(made.connected)?;
+                let part = ContainerPart { spec: made.spec, placed: made.placed, is_single: made_first };
+                (Some(part), Some(copies))
+            }
+        };
+        let rootfs = order.rootfs.clone();
+        let first = Process::new(order.stdio.clone(), copies);
+        let task = reservation.fill(Task::new(order.id, order.bundle, vm.clone(), container, first));
+        if made_first {
+            watch::vm(&vm, self.notices.clone());
+        }
+        if task.container.is_some() {
+            watch::process(self, &task, "").await?;
+            watch::oom(self, &task, 0).await;
+        }
+        let Stdio { terminal, stdin, stdout, stderr } = order.stdio;
+        let io = TaskIO { stdin, stdout, stderr, terminal, ..TaskIO::default() };
+        self.events.send(TaskCreate {
+            container_id: task.id.clone(),
+            bundle: task.bundle.display().to_string(),
+            rootfs,
+            io: Some(io).into(),
+            pid: vm.pid(),
+            ..TaskCreate::default()
+        });
+        info!("task {} is created, in VM {}", task.id, vm.pid());
+        Ok(vm.pid())
+    }
+
+    /// Adds a process to a running container.
+    pub(crate) async fn exec(
+        self: &Arc<Self>,
+        id: &str,
+        exec: &str,
+        stdio: Stdio,
+        spec: &[u8],
+    ) -> Result<()> {
+        stdio.check()?;
+        let task = self.tasks.get(id)?;
+        let container = task.container()?;
+        let mut spec = bundle::process(spec, &container.spec)?;
+        spec.stdin = !stdio.stdin.is_empty();
+        if task.process(exec).is_ok() {
+            return Err(ShimError::exists(format!("Process {exec} exists already in task {id}")));
+        }
+        let guest = task.vm.pod.process(id, exec);
+        let (wanted, made) = (stdio.clone(), guest.clone());
+        let connected = blocking(move || {
+            made.exec(spec)?;
+            Ok(wanted.connect(&made).inspect_err(|_| drop(made.kill(KILL)))?)
+        })
+        .await?;
+        let copies = stdio.copy(connected)?;
+        task.add(exec, Process::new(stdio, Some(copies)))?;
+        watch::process(self, &task, exec).await?;
+        self.events.send(TaskExecAdded {
+            container_id: id.into(),
+            exec_id: exec.into(),
+            ..TaskExecAdded::default()
+        });
+        Ok(())
+    }
+
+    /// Lets a process begin.
+    pub(crate) async fn start(self: &Arc<Self>, id: &str, exec: &str) -> Result<u32> {
+        let task = self.tasks.get(id)?;
+        let process = task.process(exec)?;
+        let pid = task.vm.pid();
+        process.starting()?;
+        let started = if task.container.is_some() {
+            let guest = task.vm.pod.process(id, exec);
+            spawn_blocking(move || guest.start()).await.unwrap_or(Err(CallError::Lost))
+        } else {
+            Ok(())
+        };
+        if let Err(error) = started {
+            process.failed(match &error {
+                CallError::Agent(error) if error.kind == ErrorKind::CommandNotFound => NOT_FOUND,
+                _ => NOT_EXECUTABLE,
+            });
+            return Err(error.into());
+        }
+        let (container_id, exec_id) = (id.to_string(), exec.to_string());
+        let early = process.started(|| {
+            if exec.is_empty() {
+                self.events.send(TaskStart { container_id, pid, ..TaskStart::default() });
+            } else {
+                self.events.send(TaskExecStarted {
+                    container_id,
+                    exec_id,
+                    pid,
+                    ..TaskExecStarted::default()
+                });
+            }
+        });
+        if let Some(exit) = early {
+            watch::tell_exit(self, &task, exec, exit);
+        }
+        Ok(pid)
+    }
+
+    /// Forgets a process that has ended, with its task if it is the first one.
+    pub(crate) async fn delete(self: &Arc<Self>, id: &str, exec: &str) -> Result<(u32, Exit)> {
+        let task = self.tasks.get(id)?;
+        let process = task.process(exec)?;
+        let pid = task.vm.pid();
+        match process.life() {
+            Life::Running => {
+                return Err(ShimError::wrong_state(format!(
+                    "Task {id} is running: it has to be killed first"
+                )));
+            }
+            Life::Created if task.container.is_some() => {
+                let guest = task.vm.pod.process(id, exec);
+                blocking(move || Ok(guest.kill(KILL)?)).await?;
+            }
+            Life::Created => self.end_vm(&task).await,
+            Life::Exited(_) => {}
+        }
+        let exit = process.wait().await;
+        process.finish_output().await;
+        let guest = task.vm.pod.process(id, exec);
+        if !exec.is_empty() {
+            let _ = spawn_blocking(move || guest.delete()).await;
+            task.forget(exec);
+            return Ok((pid, exit));
+        }
+        match &task.container {
+            Some(container) if !container.is_single => {
+                let (vm, placed) = (task.vm.clone(), container.placed.clone());
+                let _ = spawn_blocking(move || {
+                    // A guest that has ended has forgotten it, too.
+                    let _ = guest.delete();
+                    vm.take_away(&placed);
+                })
+                .await;
+            }
+            // The VM goes with the task.
+            _ => {
+                self.end_vm(&task).await;
+                self.tasks.take_vm();
+            }
+        }
+        self.tasks.remove(id);
+        self.events.send(TaskDelete {
+            container_id: id.into(),
+            id: id.into(),
+            pid,
+            exit_status: exit.status,
+            exited_at: Some(watch::timestamp(exit.at)).into(),
+            ..TaskDelete::default()
+        });
+        Ok((pid, exit))
+    }
+
+    /// Ends the VM in good order.
+    pub(crate) async fn end_vm(&self, task: &Task) {
+        let vm = task.vm.clone();
+        let _ = spawn_blocking(move || vm.pod.shut_down()).await;
+    }
+
+    /// Sends a signal to a process, or to all of a container.
+    pub(crate) async fn kill(&self, id: &str, exec: &str, signal: u32, all: bool) -> Result<()> {
+        let task = self.tasks.get(id)?;
+        let process = task.process(exec)?;
+        let signal =
+            i32::try_from(signal).map_err(|_| ShimError::invalid(format!("{signal} is no signal")))?;
+        if process.has_exited() {
+            return Err(ShimError::not_found(format!("The process of task {id} has ended")));
+        }
+        if task.container.is_none() {
+            // Whatever the signal, it means that the pod is to end; all but these the pause program would not mind.
+            if [KILL, TERMINATE, INTERRUPT].contains(&signal) {
+                task.vm.ended_by(signal);
+                self.end_vm(&task).await;
+            }
+            return Ok(());
+        }
+        let request = Request::Signal {
+            container: id.into(),
+            process: exec.into(),
+            signal,
+            all: all && exec.is_empty(),
+        };
+        match self.call(&task, request).await {
+            Err(CallError::Agent(error)) if error.kind == ErrorKind::WrongState => {
+                Err(ShimError::not_found(format!("The process of task {id} has ended")))
+            }
+            result => Ok(result.map(drop)?),
+        }
+    }
+
+    async fn call(&self, task: &Task, request: Request) -> std::result::Result<Answer, CallError> {
+        let agent = task.vm.pod.agent();
+        let called = spawn_blocking(move || agent.send(request)?.answer()).await;
+        called.unwrap_or(Err(CallError::Lost))
+    }
+
+    pub(crate) async fn resize(&self, id: &str, exec: &str, size: TerminalSize) -> Result<()> {
+        let task = self.tasks.get(id)?;
+        task.process(exec)?;
+        task.container()?;
+        let request = Request::Resize { container: id.into(), process: exec.into(), size };
+        Ok(self.call(&task, request).await.map(drop)?)
+    }
+
+    /// The end of a process's input.
+    pub(crate) fn close_input(&self, id: &str, exec: &str) -> Result<()> {
+        self.tasks.get(id)?.process(exec)?.close_input();
+        Ok(())
+    }
+
+    pub(crate) async fn update(&self, id: &str, resources: &[u8]) -> Result<()> {
+        let task = self.tasks.get(id)?;
+        task.container()?;
+        let mut resources = bundle::resources(resources)?;
+        // Those are the host's, see `make`.
+        (resources.cpuset_cpus, resources.cpuset_mems) = (None, None);
+        let request = Request::Update { container: id.into(), resources: Box::new(resources) };
+        Ok(self.call(&task, request).await.map(drop)?)
+    }
+
+    /// What a container uses; a sandbox's figures are the pod's.
+    pub(crate) async fn stats(&self, id: &str) -> Result<Stats> {
+        let task = self.tasks.get(id)?;
+        let container = if task.container.is_some() { id.into() } else { String::new() };
+        match self.call(&task, Request::Stats { container }).await? {
+            Answer::Stats(stats) => Ok(*stats),
+            _ => Err(CallError::Unexpected.into()),
+        }
+    }
+
+    pub(crate) fn state(&self, id: &str, exec: &str) -> Result<State> {
+        let task = self.tasks.get(id)?;
+        let process = task.process(exec)?;
+        let (status, exit) = match process.life() {
+            Life::Exited(exit) => (Status::STOPPED, Some(exit)),
+            Life::Running if task.is_paused() => (Status::PAUSED, None),
+            Life::Running => (Status::RUNNING, None),
+            Life::Created => (Status::CREATED, None),
+        };
+        let stdio = process.stdio.clone();
+        Ok(State { task, stdio, status, exit })
+    }
+
+    pub(crate) async fn wait(&self, id: &str, exec: &str) -> Result<Exit> {
+        let process = self.tasks.get(id)?.process(exec)?;
+        Ok(process.wait().await)
+    }
+
+    /// PIDs as the host has them: the pod's one process.
+    pub(crate) fn pids(&self, id: &str) -> Result<Vec<u32>> {
+        Ok(vec![self.tasks.get(id)?.vm.pid()])
+    }
+
+    /// Stops the processes of a container, or lets them go on; a sandbox is its VM.
+    pub(crate) async fn pause(&self, id: &str, paused: bool) -> Result<()> {
+        let task = self.tasks.get(id)?;
+        if task.first.life() != Life::Running {
+            return Err(ShimError::wrong_state(format!("Task {id} is not running")));
+        }
+        if task.container.is_some() {
+            return Err(ShimError::unimplemented("Containers of a pod cannot be paused"));
+        }
+        let vmm = task.vm.pod.vmm();
+        blocking(move || {
+            let done = if paused { vmm.pause() } else { vmm.resume() };
+            done.map_err(|error| ShimError::internal(crate::error::chain(&error)))
+        })
+        .await?;
+        task.set_paused(paused);
+        let container_id = id.to_string();
+        if paused {
+            self.events.send(TaskPaused { container_id, ..TaskPaused::default() });
+        } else {
+            self.events.send(TaskResumed { container_id, ..TaskResumed::default() });
+        }
+        Ok(())
+    }
+
+    /// Ends the shim, if it has nothing left to serve.
+    pub(crate) fn shut_down(&self) {
+        if self.tasks.is_empty() {
+            self.done.notify_one();
+        } else {
+            warn!("there are tasks left: the shim goes on");
+        }
+    }
+}

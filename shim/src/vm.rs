@@ -1,0 +1,164 @@
+//! The VM of a pod, as the shim makes it from the configuration of the pod's sandbox.
+
+use std::collections::hash_map::DefaultHasher;
+use std::hash::{Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
+use std::time::Duration;
+
+use krx_sandbox::artifacts::Artifacts;
+use krx_sandbox::bundle::PodNamespaces;
+use krx_sandbox::container::Container;
+use krx_sandbox::pod::{Pod, PodConfig};
+use krx_sandbox::share::{Placed, Prepared};
+use krx_sandbox::state_dir::StateRoot;
+use krx_sandbox::timings::Timings;
+use log::warn;
+
+use crate::cgroup::PodCgroup;
+use crate::config_json::ConfigJson;
+use crate::error::{Result, ShimError, chain};
+
+/// Seconds for each half of a boot.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Longest id of a pod (`krx_proto::validate_id`).
+const MAX_NAME: usize = 76;
+
+/// A pod's VM.
+#[derive(Debug)]
+pub(crate) struct Vm {
+    pub(crate) pod: Pod,
+    /// Id of the container that the pod begins with.
+    pub(crate) sandbox: String,
+    hostname: Option<String>,
+    sysctls: Vec<(String, String)>,
+    netns: Option<PathBuf>,
+    /// Containers made so far: their names in the share must differ.
+    serial: AtomicU32,
+    /// The signal by which containerd has ended the pod; 0 while it has not.
+    ended_by: AtomicI32,
+    // Last: it can only be removed when the VMM is gone.
+    _cgroup: Option<PodCgroup>,
+}
+
+/// Name of the pod in krx's state directory: `krx ps` and the action `delete` know it by that.
+pub(crate) fn pod_name(namespace: &str, id: &str) -> String {
+    let name = format!("{namespace}.{id}");
+    if name.len() <= MAX_NAME {
+        return name;
+    }
+    // The hasher's keys are fixed: another process of this shim makes the same name.
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    let hash = format!("{:016x}", hasher.finish());
+    let begin: String = name.chars().take(MAX_NAME - hash.len() - 1).collect();
+    format!("{begin}.{hash}")
+}
+
+impl Vm {
+    /// Boots a VM; blocks until its agent is ready.
+    pub(crate) fn boot(namespace: &str, id: &str, config: &ConfigJson) -> Result<Self> {
+        let cgroup = config.cgroup.as_deref().and_then(enter);
+        let artifacts = Artifacts::find(None).map_err(|error| ShimError::wrong_state(chain(&error)))?;
+        let pod_config = PodConfig {
+            name: pod_name(namespace, id),
+            artifacts,
+            vcpus: 1,
+            memory_mib: memory_mib(config.memory_limit),
+            console: false,
+            boot_timeout: BOOT_TIMEOUT,
+            share: Vec::new(),
+        };
+        let pod = Pod::boot(&StateRoot::from_env(), pod_config, &Timings::default(), |_| ())?;
+        Ok(Self {
+            pod,
+            sandbox: id.into(),
+            hostname: config.hostname.clone(),
+            sysctls: config.sysctls.clone(),
+            netns: config.netns.clone(),
+            serial: AtomicU32::new(1),
+            ended_by: AtomicI32::new(0),
+            _cgroup: cgroup,
+        })
+    }
+
+    /// What containerd is told to be the PID of every process of the pod: the one process of it that the host sees.
+    pub(crate) fn pid(&self) -> u32 {
+        self.pod.vmm().pid()
+    }
+
+    /// How the configurations of the pod's further containers speak of its namespaces.
+    pub(crate) fn namespaces(&self) -> PodNamespaces {
+        let of = |kind: &str| PathBuf::from(format!("/proc/{}/ns/{kind}", self.pid()));
+        let own = ["ipc", "uts", "net", "pid"].map(of);
+        PodNamespaces {
+            paths: own.into_iter().chain(self.netns.clone()).collect(),
+            is_sandbox: false,
+            share_prefix: format!("{}-", self.serial.fetch_add(1, Ordering::Relaxed)),
+        }
+    }
+
+    /// Notes that containerd ends the pod, and by which signal.
+    pub(crate) fn ended_by(&self, signal: i32) {
+        let _ = self.ended_by.compare_exchange(0, signal, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// The signal by which containerd has ended the pod.
+    pub(crate) fn why_ended(&self) -> Option<u32> {
+        u32::try_from(self.ended_by.load(Ordering::Relaxed)).ok().filter(|signal| *signal > 0)
+    }
+
+    /// Exit status of the pod's sandbox, once the VM has ended.
+    pub(crate) fn exit_status(&self) -> u32 {
+        /// Of a VM that ended by itself.
+        const UNKNOWN: u32 = 255;
+        self.why_ended().map_or(UNKNOWN, |signal| 128 + signal)
+    }
+
+    /// Gives a container what its pod has in common.
+    pub(crate) fn adopt(&self, container: &mut Container) {
+        container.spec.hostname.clone_from(&self.hostname);
+        let own = std::mem::take(&mut container.spec.sysctls);
+        container.spec.sysctls = self.sysctls.iter().cloned().chain(own).collect();
+    }
+
+    pub(crate) fn place(&self, prepared: Prepared) -> Result<Placed> {
+        Ok(prepared.place(&self.pod.vmm(), &self.pod.share())?)
+    }
+
+    pub(crate) fn take_away(&self, placed: &Placed) {
+        // A VM that has ended has nothing left to be taken away.
+        let _ = placed.remove(&self.pod.vmm(), &self.pod.share());
+    }
+}
+
+/// The guest's own part, and what its containers may use.
+fn memory_mib(limit: Option<i64>) -> u64 {
+    const OWN: u64 = 128;
+    const DEFAULT: u64 = 128;
+    OWN + limit.and_then(|limit| u64::try_from(limit).ok()).map_or(DEFAULT, |limit| limit.div_ceil(1 << 20))
+}
+
+fn enter(cgroup: &Path) -> Option<PodCgroup> {
+    // A host without it runs the pod all the same, uncounted.
+    PodCgroup::enter(cgroup).unwrap_or_else(|error| {
+        warn!("cgroup {} cannot be entered, the pod stays in that of containerd: {error}", cgroup.display());
+        None
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_valid_and_differ() {
+        let id = "f".repeat(64);
+        assert_eq!(pod_name("k8s.io", &id), format!("k8s.io.{id}"));
+        let long = pod_name("default", &"x".repeat(76));
+        assert_eq!(long.len(), MAX_NAME);
+        assert!(krx_proto::validate_id(&long));
+        assert_ne!(long, pod_name("default", &format!("{}y", "x".repeat(75))));
+        assert_eq!(long, pod_name("default", &"x".repeat(76)));
+    }
+}
