@@ -42,6 +42,8 @@ pub(crate) struct Connected {
 /// Streams being copied.
 #[derive(Debug, Default)]
 pub(crate) struct Copies {
+    /// The guest's end of the input, and the FIFO, until the process is started.
+    waiting_input: Option<(UnixStream, Stdio)>,
     /// Our own writing end of the input: without it a client that goes would be the end of the input.
     keep_input: Option<pipe::Sender>,
     input: Option<JoinHandle<()>>,
@@ -80,14 +82,11 @@ impl Stdio {
         })
     }
 
-    /// Begins to copy.
+    /// Begins to copy output.
     pub(crate) fn copy(&self, connected: Connected) -> Result<Copies> {
         let mut copies = Copies::default();
         if let Some(input) = connected.input {
-            let from = open(&self.stdin, |options, path| options.open_receiver(path))?;
-            // There is a reader now, so this does not fail for want of one.
-            copies.keep_input = Some(open(&self.stdin, |options, path| options.open_sender(path))?);
-            copies.input = Some(tokio::spawn(feed(from, asynchronous(input)?, !self.terminal)));
+            copies.waiting_input = Some((asynchronous(input)?, self.clone()));
         }
         copies.outputs.push(output(&self.stdout, connected.output)?);
         if let Some(error) = connected.error {
@@ -98,6 +97,17 @@ impl Stdio {
 }
 
 impl Copies {
+    /// Begins to copy input. Not before the process is started: a client whose input is at its end says so to the task,
+    /// which it does not know before it is created.
+    pub(crate) fn begin_input(&mut self) -> Result<()> {
+        let Some((to, Stdio { terminal, stdin, .. })) = self.waiting_input.take() else { return Ok(()) };
+        let from = open(&stdin, |options, path| options.open_receiver(path))?;
+        // There is a reader now, so this does not fail for want of one.
+        self.keep_input = Some(open(&stdin, |options, path| options.open_sender(path))?);
+        self.input = Some(tokio::spawn(feed(from, to, !terminal)));
+        Ok(())
+    }
+
     /// What was written is still delivered; then the process has the end of its input.
     pub(crate) fn close_input(&mut self) {
         self.keep_input = None;

@@ -71,6 +71,7 @@ impl Process {
         let mut inner = self.lock();
         match self.life() {
             Life::Created if !inner.starting => {
+                inner.copies.as_mut().map_or(Ok(()), Copies::begin_input)?;
                 inner.starting = true;
                 Ok(())
             }

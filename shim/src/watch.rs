@@ -10,7 +10,7 @@ use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use krx_proto::{Answer, ExitStatus, Request};
 use krx_sandbox::agent::{AgentClient, CallError};
-use log::{error, info, warn};
+use log::{error, info};
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
@@ -160,9 +160,6 @@ async fn vm_ended(shim: &Arc<Shim>) {
         }
     }
     info!("the pod's VM has ended");
-    if shim.tasks.is_empty() {
-        warn!("nobody has asked for it");
-    }
 }
 
 /// A time as containerd has it.
