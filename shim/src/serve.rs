@@ -9,6 +9,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
 
+use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use containerd_shim_protos::ttrpc::r#async::transport::Listener;
 use containerd_shim_protos::ttrpc::r#async::{Server, Service as Methods};
@@ -17,6 +18,7 @@ use tokio::sync::{Notify, mpsc};
 
 use crate::events::Events;
 use crate::flags::Flags;
+use crate::sandbox_service::SandboxService;
 use crate::service::Service;
 use crate::shim::Shim;
 use crate::start::TTRPC_ADDRESS;
@@ -91,10 +93,11 @@ async fn run(flags: &Flags, listener: UnixListener, address: &str) -> Result<(),
     Ok(())
 }
 
-/// The Task service under both of its names.
+/// The Task service under both of its names, and the Sandbox service.
 fn services(shim: &Arc<Shim>) -> HashMap<String, Methods> {
     let service = || create_task(Arc::new(Service(shim.clone())));
     let mut services = service();
     services.extend(service().into_values().map(|methods| (TASK_V2.to_string(), methods)));
+    services.extend(create_sandbox(Arc::new(SandboxService::new(shim.clone()))));
     services
 }

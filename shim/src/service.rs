@@ -29,7 +29,7 @@ use crate::watch::timestamp;
 pub(crate) struct Service(pub(crate) Arc<Shim>);
 
 /// The answer, with a note in the log of what was refused.
-fn answered<T>(name: &str, id: &str, result: Result<T>) -> ttrpc::Result<T> {
+pub(crate) fn answered<T>(name: &str, id: &str, result: Result<T>) -> ttrpc::Result<T> {
     match &result {
         Ok(_) => debug!("{name} {id}"),
         Err(error) if error.is_not_found() => debug!("{name} {id}: {error}"),

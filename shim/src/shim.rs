@@ -14,12 +14,14 @@ use log::{info, warn};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::spawn_blocking;
 
+use crate::config_json::ConfigJson;
 use crate::error::{Result, ShimError};
 use crate::events::Events;
 use crate::io::Stdio;
 use crate::make::{Order, make};
 use crate::process::{Exit, Life, Process};
 use crate::tasks::{ContainerPart, Task, Tasks};
+use crate::vm::Vm;
 use crate::watch::{self, Notice};
 
 /// A shell's code for a program that was not found, and for one that cannot be executed.
@@ -55,6 +57,12 @@ pub(crate) struct State {
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     let result = spawn_blocking(work).await;
     result.unwrap_or_else(|_| Err(ShimError::internal("The shim has failed at this request")))
+}
+
+async fn call(vm: &Vm, request: Request) -> std::result::Result<Answer, CallError> {
+    let agent = vm.pod.agent();
+    let called = spawn_blocking(move || agent.send(request)?.answer()).await;
+    called.unwrap_or(Err(CallError::Lost))
 }
 
 impl Shim {
@@ -184,7 +192,7 @@ impl Shim {
                 let guest = task.vm.pod.process(id, exec);
                 blocking(move || Ok(guest.kill(KILL)?)).await?;
             }
-            Life::Created => self.end_vm(&task).await,
+            Life::Created => self.end_vm(task.vm.clone()).await,
             Life::Exited(_) => {}
         }
         let exit = process.wait().await;
@@ -207,7 +215,7 @@ impl Shim {
             }
             // The VM goes with the task.
             _ => {
-                self.end_vm(&task).await;
+                self.end_vm(task.vm.clone()).await;
                 self.tasks.take_vm();
             }
         }
@@ -223,9 +231,17 @@ impl Shim {
         Ok((pid, exit))
     }
 
+    /// Makes the pod's VM without a task that stands for it.
+    pub(crate) async fn start_vm(&self, id: &str, config: ConfigJson) -> Result<Arc<Vm>> {
+        let (namespace, id) = (self.namespace.clone(), id.to_string());
+        let vm = Arc::new(blocking(move || Vm::boot(&namespace, &id, &config)).await?);
+        self.tasks.set_vm(vm.clone());
+        watch::vm(&vm, self.notices.clone());
+        Ok(vm)
+    }
+
     /// Ends the VM in good order.
-    pub(crate) async fn end_vm(&self, task: &Task) {
-        let vm = task.vm.clone();
+    pub(crate) async fn end_vm(&self, vm: Arc<Vm>) {
         let _ = spawn_blocking(move || vm.pod.shut_down()).await;
     }
 
@@ -242,7 +258,7 @@ impl Shim {
             // Whatever the signal, it means that the pod is to end; all but these the pause program would not mind.
             if [KILL, TERMINATE, INTERRUPT].contains(&signal) {
                 task.vm.ended_by(signal);
-                self.end_vm(&task).await;
+                self.end_vm(task.vm.clone()).await;
             }
             return Ok(());
         }
@@ -252,7 +268,7 @@ impl Shim {
             signal,
             all: all && exec.is_empty(),
         };
-        match self.call(&task, request).await {
+        match call(&task.vm, request).await {
             Err(CallError::Agent(error)) if error.kind == ErrorKind::WrongState => {
                 Err(ShimError::not_found(format!("The process of task {id} has ended")))
             }
@@ -260,18 +276,12 @@ impl Shim {
         }
     }
 
-    async fn call(&self, task: &Task, request: Request) -> std::result::Result<Answer, CallError> {
-        let agent = task.vm.pod.agent();
-        let called = spawn_blocking(move || agent.send(request)?.answer()).await;
-        called.unwrap_or(Err(CallError::Lost))
-    }
-
     pub(crate) async fn resize(&self, id: &str, exec: &str, size: TerminalSize) -> Result<()> {
         let task = self.tasks.get(id)?;
         task.process(exec)?;
         task.container()?;
         let request = Request::Resize { container: id.into(), process: exec.into(), size };
-        Ok(self.call(&task, request).await.map(drop)?)
+        Ok(call(&task.vm, request).await.map(drop)?)
     }
 
     /// The end of a process's input.
@@ -287,14 +297,19 @@ impl Shim {
         // Those are the host's, see `make`.
         (resources.cpuset_cpus, resources.cpuset_mems) = (None, None);
         let request = Request::Update { container: id.into(), resources: Box::new(resources) };
-        Ok(self.call(&task, request).await.map(drop)?)
+        Ok(call(&task.vm, request).await.map(drop)?)
     }
 
     /// What a container uses; a sandbox's figures are the pod's.
     pub(crate) async fn stats(&self, id: &str) -> Result<Stats> {
         let task = self.tasks.get(id)?;
         let container = if task.container.is_some() { id.into() } else { String::new() };
-        match self.call(&task, Request::Stats { container }).await? {
+        self.stats_of(&task.vm, container).await
+    }
+
+    /// What a container uses, or all of a VM's.
+    pub(crate) async fn stats_of(&self, vm: &Arc<Vm>, container: String) -> Result<Stats> {
+        match call(vm, Request::Stats { container }).await? {
             Answer::Stats(stats) => Ok(*stats),
             _ => Err(CallError::Unexpected.into()),
         }

@@ -55,7 +55,7 @@ pub(crate) enum StartError {
 /// Carries the action out; the bundle is the working directory.
 pub(crate) fn start(flags: &Flags) -> Result<(), StartError> {
     let (options, bootstrap) = parameters(flags, &input()?)?;
-    let role = ConfigJson::read(Path::new("."))?.role;
+    let role = role(Path::new("."))?;
     let address = match &role {
         Role::Member(sandbox) => {
             let address = options.socket_address(sandbox);
@@ -71,6 +71,12 @@ pub(crate) fn start(flags: &Flags) -> Result<(), StartError> {
     fs::write(ADDRESS, &address).map_err(StartError::Answer)?;
     let answer = if bootstrap { encode(&address)? } else { address.into_bytes() };
     io::stdout().write_all(&answer).map_err(StartError::Answer)
+}
+
+/// The place in a pod of what is to be served. A sandbox that containerd asks for by the Sandbox service has a bundle
+/// without a configuration.
+fn role(bundle: &Path) -> Result<Role, ConfigJsonError> {
+    if bundle.join("config.json").exists() { Ok(ConfigJson::read(bundle)?.role) } else { Ok(Role::Sandbox) }
 }
 
 /// The path of a unix socket's address.

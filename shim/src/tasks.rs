@@ -199,6 +199,16 @@ impl Tasks {
         self.lock().entries.is_empty()
     }
 
+    /// The pod's VM.
+    pub(crate) fn vm(&self) -> Option<Arc<Vm>> {
+        self.lock().vm.clone()
+    }
+
+    /// Sets the pod's VM, if it has none.
+    pub(crate) fn set_vm(&self, vm: Arc<Vm>) {
+        self.lock().vm.get_or_insert(vm);
+    }
+
     /// Gives the pod's VM up; whoever still holds it, holds one that has ended.
     pub(crate) fn take_vm(&self) -> Option<Arc<Vm>> {
         self.lock().vm.take()

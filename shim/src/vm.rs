@@ -4,7 +4,7 @@ use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use krx_sandbox::artifacts::Artifacts;
 use krx_sandbox::bundle::PodNamespaces;
@@ -14,10 +14,12 @@ use krx_sandbox::share::{Placed, Prepared};
 use krx_sandbox::state_dir::StateRoot;
 use krx_sandbox::timings::Timings;
 use log::warn;
+use tokio::sync::watch;
 
 use crate::cgroup::PodCgroup;
 use crate::config_json::ConfigJson;
 use crate::error::{Result, ShimError, chain};
+use crate::process::Exit;
 
 /// Seconds for each half of a boot.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -30,6 +32,9 @@ pub(crate) struct Vm {
     pub(crate) pod: Pod,
     /// Id of the container that the pod begins with.
     pub(crate) sandbox: String,
+    pub(crate) started: SystemTime,
+    /// How it ended.
+    exit: watch::Sender<Option<Exit>>,
     hostname: Option<String>,
     sysctls: Vec<(String, String)>,
     netns: Option<PathBuf>,
@@ -73,6 +78,8 @@ impl Vm {
         Ok(Self {
             pod,
             sandbox: id.into(),
+            started: SystemTime::now(),
+            exit: watch::Sender::new(None),
             hostname: config.hostname.clone(),
             sysctls: config.sysctls.clone(),
             netns: config.netns.clone(),
@@ -108,8 +115,26 @@ impl Vm {
         u32::try_from(self.ended_by.load(Ordering::Relaxed)).ok().filter(|signal| *signal > 0)
     }
 
+    /// Notes its end, which is told as that of the pod's sandbox.
+    pub(crate) fn ended(&self) -> Exit {
+        let exit = Exit::now(self.exit_status());
+        self.exit.send_replace(Some(exit));
+        exit
+    }
+
+    pub(crate) fn exit(&self) -> Option<Exit> {
+        *self.exit.borrow()
+    }
+
+    /// Waits for its end.
+    pub(crate) async fn wait(&self) -> Exit {
+        let mut exit = self.exit.subscribe();
+        let ended = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
+        ended.unwrap_or_else(|| Exit::now(self.exit_status()))
+    }
+
     /// Exit status of the pod's sandbox, once the VM has ended.
-    pub(crate) fn exit_status(&self) -> u32 {
+    fn exit_status(&self) -> u32 {
         /// Of a VM that ended by itself.
         const UNKNOWN: u32 = 255;
         self.why_ended().map_or(UNKNOWN, |signal| 128 + signal)

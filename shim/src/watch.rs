@@ -141,23 +141,29 @@ pub(crate) fn tell_exit(shim: &Arc<Shim>, task: &Arc<Task>, exec: &str, exit: Ex
         let (shim, task) = (shim.clone(), task.clone());
         tokio::spawn(async move {
             task.first.finish_output().await;
-            shim.end_vm(&task).await;
+            shim.end_vm(task.vm.clone()).await;
         });
     }
 }
 
-/// Nothing of the pod runs any more: the containers' processes first, then the sandbox.
+/// Nothing of the pod runs any more: the containers' processes are told of first, then the sandbox.
 async fn vm_ended(shim: &Arc<Shim>) {
-    for task in shim.tasks.all() {
-        if task.container.is_none() && task.vm.why_ended().is_none() && !task.first.has_exited() {
-            let vmm = task.vm.pod.vmm();
-            let verdict = spawn_blocking(move || vmm.verdict(LAST_WORDS)).await;
-            verdict.iter().for_each(|verdict| error!("the pod's VM has ended by itself: {}", chain(verdict)));
-        }
+    let Some(vm) = shim.tasks.vm() else { return };
+    let tasks = shim.tasks.all();
+    let expected = vm.why_ended().is_some() || tasks.iter().all(|task| task.first.has_exited());
+    if !expected || tasks.is_empty() && vm.why_ended().is_none() {
+        let vmm = vm.pod.vmm();
+        let verdict = spawn_blocking(move || vmm.verdict(LAST_WORDS)).await;
+        verdict.iter().for_each(|verdict| error!("the pod's VM has ended by itself: {}", chain(verdict)));
+    }
+    for task in tasks.iter().filter(|task| task.container.is_some()) {
         for (exec, _) in task.processes() {
-            let status = if task.container.is_none() { task.vm.exit_status() } else { WITH_VM };
-            exited(shim, &task, &exec, Exit::now(status));
+            exited(shim, task, &exec, Exit::now(WITH_VM));
         }
+    }
+    let exit = vm.ended();
+    for task in tasks.iter().filter(|task| task.container.is_none()) {
+        exited(shim, task, "", exit);
     }
     info!("the pod's VM has ended");
 }
