@@ -14,7 +14,8 @@ pub(crate) struct Cli {
 const EXIT_CODES: &str = "\
 Exit codes of run and exec: the process's own; 128+n if signal n ended it; 127 command not found, 126 not executable, \
 125 krx itself failed.
-Environment: KRX_STATE_DIR (default /run/krx), KRX_KERNEL, KRX_INITRAMFS, KRX_VMM, KRX_BOOT_TIMEOUT (seconds, default 60).";
+Settings: /etc/krx/config.toml, or the file that KRX_CONFIG names. Options and environment go before them.
+Environment: KRX_STATE_DIR (default /run/krx), KRX_KERNEL, KRX_INITRAMFS, KRX_VMM, KRX_BOOT_TIMEOUT (seconds).";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -58,12 +59,12 @@ pub(crate) struct Run {
     /// OCI bundle: a directory with a config.json
     #[arg(long, value_name = "DIR")]
     pub(crate) bundle: Option<PathBuf>,
-    /// Virtual CPUs, 1 to 8
-    #[arg(long, value_name = "N", default_value = "1", allow_hyphen_values = true)]
-    pub(crate) cpus: String,
-    /// Memory of the VM: bytes, or a number with K, M, G or T
-    #[arg(short, long, value_name = "SIZE", default_value = "256M", allow_hyphen_values = true)]
-    pub(crate) memory: String,
+    /// Virtual CPUs, 1 to 8 [default: the settings', 1]
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    pub(crate) cpus: Option<String>,
+    /// Memory of the VM: bytes, or a number with K, M, G or T [default: the settings', 256M]
+    #[arg(short, long, value_name = "SIZE", allow_hyphen_values = true)]
+    pub(crate) memory: Option<String>,
     #[command(flatten)]
     pub(crate) process: ProcessOptions,
     /// Directory or file of the host to show in the container

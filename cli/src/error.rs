@@ -9,9 +9,9 @@ use krx_sandbox::artifacts::ArtifactError;
 use krx_sandbox::bundle::BundleError;
 use krx_sandbox::container::ContainerError;
 use krx_sandbox::pod::PodError;
+use krx_sandbox::settings::SettingsError;
 use krx_sandbox::state_dir::StateError;
 use krx_sandbox::user::UserError;
-use krx_sandbox::volume::VolumeError;
 
 /// krx failed, not what it runs.
 pub(crate) const FAILED: u8 = 125;
@@ -27,10 +27,10 @@ pub(crate) enum CliError {
     Artifact(#[from] ArtifactError),
     #[error("Bundle cannot be run")]
     Bundle(#[from] BundleError),
+    #[error("Settings of this node cannot be used")]
+    Settings(#[from] SettingsError),
     #[error(transparent)]
     Container(#[from] ContainerError),
-    #[error(transparent)]
-    Volume(#[from] VolumeError),
     #[error(transparent)]
     User(#[from] UserError),
     #[error(transparent)]

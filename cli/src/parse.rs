@@ -1,51 +1,25 @@
 //! Words of the command line that are more than words: sizes, counts, signals, variables. Pure.
 
 use krx_sandbox::default_spec::MAX_HOSTNAME;
+use krx_sandbox::settings::units::{self, Bare};
 use krx_vmm::config::{MemorySize, VcpuCount};
 use nix::sys::signal::Signal;
 
 use crate::error::CliError;
 
-const MIB: u64 = 1 << 20;
-
 fn usage<T>(text: String) -> Result<T, CliError> {
     Err(CliError::Usage(text))
 }
 
-/// Memory in MiB, rounded up: `268435456`, `256M`, `1G`.
-pub(crate) fn memory_mib(text: &str) -> Result<u64, CliError> {
-    let (digits, unit) = match text.char_indices().next_back() {
-        Some((at, unit)) if unit.is_ascii_alphabetic() => (&text[..at], unit.to_ascii_uppercase()),
-        _ => (text, 'B'),
-    };
-    let shift = match unit {
-        'B' => Some(0),
-        'K' => Some(10),
-        'M' => Some(20),
-        'G' => Some(30),
-        'T' => Some(40),
-        'P' => Some(50),
-        _ => None,
-    };
-    let number =
-        digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse::<u64>().ok()).flatten();
-    let bytes = number.zip(shift).and_then(|(number, shift)| number.checked_mul(1 << shift));
-    let Some(bytes) = bytes else {
-        return usage(format!(
-            "Memory `{text}` is not a size: give bytes, or a number with K, M, G or T, as in 256M"
-        ));
-    };
-    let mib = bytes.div_ceil(MIB);
-    match MemorySize::from_mib(mib) {
-        Ok(size) => Ok(size.mib()),
-        Err(error) => usage(format!("Memory `{text}` cannot be: {error}")),
-    }
+/// Memory: `268435456`, `256M`, `1G`.
+pub(crate) fn memory(text: &str) -> Result<MemorySize, CliError> {
+    units::memory(text, Bare::Bytes).or_else(|error| usage(error.to_string()))
 }
 
-pub(crate) fn cpus(text: &str) -> Result<u32, CliError> {
+pub(crate) fn cpus(text: &str) -> Result<VcpuCount, CliError> {
     let checked = text.parse().ok().and_then(|count| VcpuCount::new(count).ok());
     match checked {
-        Some(count) => Ok(count.get().into()),
+        Some(count) => Ok(count),
         None => usage(format!("CPUs `{text}` cannot be: give a whole number from 1 to {}", VcpuCount::MAX)),
     }
 }
@@ -96,35 +70,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_read_in_every_unit() {
-        assert_eq!(memory_mib("256M").unwrap(), 256);
-        assert_eq!(memory_mib("1g").unwrap(), 1024);
-        assert_eq!(memory_mib("268435457").unwrap(), 257);
-    }
-
-    #[test]
-    fn sizes_that_cannot_be_are_refused() {
-        for bad in [
-            "",
-            "0",
-            "M",
-            "-1",
-            "1M",
-            "1P",
-            "256X",
-            "1.5G",
-            "99999999999999999999",
-            "256MB",
-            "\u{661}M",
-            "256\u{b5}",
-        ] {
-            assert!(memory_mib(bad).is_err(), "{bad}");
+    fn number_without_a_unit_counts_bytes() {
+        assert_eq!(memory("268435457").unwrap().mib(), 257);
+        for bad in ["", "0", "256", "-1", "1P"] {
+            assert!(memory(bad).is_err(), "{bad}");
         }
     }
 
     #[test]
     fn cpu_counts_are_bounded() {
-        assert_eq!(cpus("8").unwrap(), 8);
+        assert_eq!(cpus("8").unwrap().get(), 8);
         for bad in ["0", "9", "1000", "-1", "0.5", "", "two"] {
             assert!(cpus(bad).is_err(), "{bad}");
         }

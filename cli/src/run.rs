@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use krx_sandbox::artifacts::Artifacts;
-use krx_sandbox::container::Container;
+use krx_sandbox::container::{Container, ContainerError};
 use krx_sandbox::pod::{Pod, PodConfig, PodError};
 use krx_sandbox::preflight::Finding;
+use krx_sandbox::settings::{self, Settings};
 use krx_sandbox::state_dir::{ExecBase, StateRoot};
 use krx_sandbox::timings::Timings;
 use krx_sandbox::volume::Volume;
@@ -18,9 +19,6 @@ use crate::error::CliError;
 use crate::parse;
 use crate::process::attend;
 use crate::signals::Signals;
-
-/// Seconds for each half of a boot, see [`PodConfig::boot_timeout`].
-const BOOT_TIMEOUT: u64 = 60;
 
 pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
     let timings = Arc::new(Timings::default());
@@ -66,19 +64,26 @@ pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
 /// All that can be known to be right or wrong before anything is started.
 fn plan(arguments: &Run) -> Result<(PodConfig, Container, ExecBase), CliError> {
     arguments.process.check()?;
-    let memory_mib = parse::memory_mib(&arguments.memory)?;
-    let vcpus = parse::cpus(&arguments.cpus)?;
+    let settings = Settings::load()?;
+    let vm = &settings.vm;
+    let memory = arguments.memory.as_deref().map_or(Ok(vm.memory), parse::memory)?;
+    let cpus = arguments.cpus.as_deref().map_or(Ok(vm.cpus), parse::cpus)?;
     let name = arguments.name.clone().unwrap_or_else(|| format!("krx-{}", process::id()));
     if !krx_proto::validate_id(&name) {
         let form = "1 to 76 letters, digits, dots, dashes and underscores, the first a letter, a digit or an underscore";
         return Err(CliError::Usage(format!("Name `{name}` cannot be: give {form}")));
     }
     let (container, exec) = container(arguments, &name)?;
-    let artifacts = Artifacts::find(arguments.kernel.as_deref())?;
-    let boot_timeout = boot_timeout()?;
-    let console = arguments.console;
-    let share = container.shared().to_vec();
-    let config = PodConfig { name, artifacts, vcpus, memory_mib, console, boot_timeout, share };
+    let config = PodConfig {
+        name,
+        artifacts: Artifacts::find(arguments.kernel.as_deref(), &settings)?,
+        vcpus: cpus.get().into(),
+        memory_mib: memory.mib(),
+        kernel_args: settings.guest.kernel_args,
+        console: arguments.console || settings.vm.console,
+        boot_timeout: boot_timeout(settings.vm.boot_timeout)?,
+        share: container.shared().to_vec(),
+    };
     Ok((config, container, exec))
 }
 
@@ -90,7 +95,7 @@ fn container(arguments: &Run, name: &str) -> Result<(Container, ExecBase), CliEr
         _ => return Err(CliError::Usage("Give either --rootfs DIR or --bundle DIR".into())),
     };
     let volumes: Result<Vec<_>, _> = arguments.volumes.iter().map(|text| Volume::parse(text)).collect();
-    container.add_volumes(volumes?)?;
+    container.add_volumes(volumes.map_err(ContainerError::Volume)?)?;
     let rootfs = container.rootfs().to_owned();
     let spec = &mut container.spec;
     if !arguments.command.is_empty() {
@@ -124,10 +129,9 @@ fn container(arguments: &Run, name: &str) -> Result<(Container, ExecBase), CliEr
     Ok((container, exec))
 }
 
-fn boot_timeout() -> Result<Duration, CliError> {
-    let Ok(text) = std::env::var("KRX_BOOT_TIMEOUT") else { return Ok(Duration::from_secs(BOOT_TIMEOUT)) };
-    match text.parse::<u64>() {
-        Ok(seconds) if (1..=86_400).contains(&seconds) => Ok(Duration::from_secs(seconds)),
-        _ => Err(CliError::Usage(format!("KRX_BOOT_TIMEOUT is `{text}`: give seconds from 1 to 86400"))),
-    }
+fn boot_timeout(default: Duration) -> Result<Duration, CliError> {
+    let Ok(text) = std::env::var("KRX_BOOT_TIMEOUT") else { return Ok(default) };
+    let timeout = text.parse().ok().and_then(|seconds| settings::boot_timeout(seconds).ok());
+    let usage = || CliError::Usage(format!("KRX_BOOT_TIMEOUT is `{text}`: give seconds from 1 to 86400"));
+    timeout.ok_or_else(usage)
 }

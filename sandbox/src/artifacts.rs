@@ -1,11 +1,13 @@
 //! Where the three things a pod is started from lie: the VMM, the guest kernel and the initramfs with the agent.
 //!
-//! A path that the user gave is taken as it is; otherwise the places of a development tree and of an installation
-//! are tried, both relative to the running program. Nothing is opened here: the VMM says what is wrong inside.
+//! A path that the user or the settings give is taken as it is; otherwise the places of a development tree and of an
+//! installation are tried, both relative to the running program. Nothing is opened here: the VMM says what is wrong inside.
 
 use std::env;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+
+use crate::settings::{Place, Settings};
 
 /// The files a pod is started from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +30,7 @@ pub enum ArtifactError {
 struct Artifact {
     what: &'static str,
     variable: &'static str,
+    setting: &'static str,
     /// Tried in this order, relative to the directory of the running program.
     places: &'static [&'static str],
     target: &'static str,
@@ -36,47 +39,51 @@ struct Artifact {
 const VMM: Artifact = Artifact {
     what: "VMM",
     variable: "KRX_VMM",
+    setting: "`path` under [vmm] in krx's settings",
     places: &["krx-vmm", "../lib/krx/krx-vmm"],
     target: "build",
 };
 const KERNEL: Artifact = Artifact {
     what: "guest kernel",
     variable: "KRX_KERNEL",
+    setting: "`kernel` under [guest] in krx's settings",
     places: &["../guest/vmlinux", "../lib/krx/vmlinux"],
     target: "kernel",
 };
 const INITRAMFS: Artifact = Artifact {
     what: "guest initramfs",
     variable: "KRX_INITRAMFS",
+    setting: "`initramfs` under [guest] in krx's settings",
     places: &["../guest/initramfs.cpio", "../lib/krx/initramfs.cpio"],
     target: "initramfs",
 };
 
 impl Artifacts {
-    /// Finds all three; `kernel` is the user's own choice of a kernel.
+    /// Finds all three; `kernel` is the user's own choice of a kernel. The environment goes before the settings.
     ///
     /// # Errors
     /// The first artifact that is missing, with where it was looked for and how to build it.
-    pub fn find(kernel: Option<&Path>) -> Result<Self, ArtifactError> {
+    pub fn find(kernel: Option<&Path>, settings: &Settings) -> Result<Self, ArtifactError> {
         // Without /proc there is no program directory; the relative places then miss, which the error says.
         let program = env::current_exe().unwrap_or_default();
         let directory = program.parent().unwrap_or_else(|| Path::new(""));
-        Self::find_from(directory, kernel, |variable| env::var_os(variable))
+        Self::find_from(directory, kernel, settings, |variable| env::var_os(variable))
     }
 
     fn find_from(
         directory: &Path,
         kernel: Option<&Path>,
+        settings: &Settings,
         variable: impl Fn(&str) -> Option<OsString>,
     ) -> Result<Self, ArtifactError> {
         let kernel = match kernel {
             Some(path) => KERNEL.named(path.into(), "--kernel")?,
-            None => KERNEL.find(directory, &variable)?,
+            None => KERNEL.find(directory, &settings.guest.kernel, &variable)?,
         };
         Ok(Self {
-            vmm: VMM.find(directory, &variable)?,
+            vmm: VMM.find(directory, &settings.vmm, &variable)?,
             kernel,
-            initramfs: INITRAMFS.find(directory, &variable)?,
+            initramfs: INITRAMFS.find(directory, &settings.guest.initramfs, &variable)?,
         })
     }
 }
@@ -89,10 +96,14 @@ impl Artifact {
     fn find(
         &self,
         directory: &Path,
+        place: &Place,
         variable: impl Fn(&str) -> Option<OsString>,
     ) -> Result<PathBuf, ArtifactError> {
         if let Some(path) = variable(self.variable) {
             return self.named(path.into(), self.variable);
+        }
+        if let Some(path) = place.path() {
+            return self.named(path.into(), self.setting);
         }
         let candidates = || self.places.iter().map(|place| directory.join(place));
         candidates().find(|path| path.exists()).ok_or_else(|| {
@@ -124,15 +135,46 @@ mod tests {
     fn development_tree_is_found_from_the_program() {
         let tree = tree();
         let directory = tree.path().join("target/release");
-        let found = Artifacts::find_from(&directory, None, |_| None).unwrap();
+        let found = Artifacts::find_from(&directory, None, &Settings::default(), |_| None).unwrap();
         assert_eq!(found.vmm, directory.join("krx-vmm"));
         assert_eq!(found.kernel, directory.join("../guest/vmlinux"));
     }
 
     #[test]
+    fn installation_is_found_from_the_program() {
+        let scratch = Scratch::new("artifacts");
+        for file in ["bin/krx-vmm", "lib/krx/vmlinux", "lib/krx/initramfs.cpio"] {
+            scratch.write(file, b"");
+        }
+        let directory = scratch.path().join("bin");
+        let found = Artifacts::find_from(&directory, None, &Settings::default(), |_| None).unwrap();
+        assert_eq!(found.vmm, directory.join("krx-vmm"));
+        assert_eq!(found.kernel, directory.join("../lib/krx/vmlinux"));
+        assert_eq!(found.initramfs, directory.join("../lib/krx/initramfs.cpio"));
+    }
+
+    #[test]
+    fn settings_name_artifacts_and_the_environment_goes_before() {
+        let tree = tree();
+        let directory = tree.path().join("target/release");
+        let mut settings = Settings { vmm: Place::At(tree.write("vmm", b"")), ..Settings::default() };
+        settings.guest.initramfs = Place::At("/nonexistent/initramfs".into());
+        let error = Artifacts::find_from(&directory, None, &settings, |_| None).unwrap_err();
+        assert!(error.to_string().contains("under [guest]"), "{error}");
+        let own = tree.write("own", b"");
+        let found = Artifacts::find_from(&directory, None, &settings, |name| {
+            (name == "KRX_INITRAMFS").then(|| own.clone().into())
+        });
+        let found = found.unwrap();
+        assert_eq!((found.vmm, found.initramfs), (tree.path().join("vmm"), own));
+    }
+
+    #[test]
     fn missing_artifact_names_places_and_make_target() {
         let scratch = Scratch::new("artifacts");
-        let error = Artifacts::find_from(scratch.path(), None, |_| None).unwrap_err().to_string();
+        let error = Artifacts::find_from(scratch.path(), None, &Settings::default(), |_| None)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("../guest/vmlinux") && error.contains("lib/krx/vmlinux"), "{error}");
         assert!(error.contains("make kernel") && error.contains("KRX_KERNEL"), "{error}");
     }
@@ -142,9 +184,10 @@ mod tests {
         let tree = tree();
         let directory = tree.path().join("target/release");
         let missing = Path::new("/nonexistent/vmlinux");
-        let error = Artifacts::find_from(&directory, Some(missing), |_| None).unwrap_err();
+        let error =
+            Artifacts::find_from(&directory, Some(missing), &Settings::default(), |_| None).unwrap_err();
         assert!(matches!(error, ArtifactError::Named { origin: "--kernel", .. }), "{error}");
-        let error = Artifacts::find_from(&directory, None, |name| {
+        let error = Artifacts::find_from(&directory, None, &Settings::default(), |name| {
             (name == "KRX_INITRAMFS").then(|| "/nonexistent/initramfs".into())
         });
         assert!(matches!(error, Err(ArtifactError::Named { origin: "KRX_INITRAMFS", .. })));

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use krx_proto::{ContainerSpec, Mount, SHARE_PATH};
 use krx_vmm::config::ShareEntry;
 
-use crate::volume::Volume;
+use crate::volume::{Volume, VolumeError};
 use crate::{default_spec, mount_points};
 
 /// Name in the share of the container's root.
@@ -19,6 +19,8 @@ const ROOTFS: &str = "rootfs";
 /// Why a container cannot be made of what was given.
 #[derive(Debug, thiserror::Error)]
 pub enum ContainerError {
+    #[error(transparent)]
+    Volume(VolumeError),
     #[error("Root file system {path} cannot be used")]
     Rootfs {
         path: PathBuf,

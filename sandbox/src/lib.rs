@@ -1,7 +1,8 @@
 //! One pod's micro-VM seen from the host.
 //!
 //! A [`container::Container`] says what shall run, from a bare root file system or an OCI [`bundle`]. A [`pod::Pod`]
-//! makes the VM for such, the files of later ones being put into its [`share`]: it takes a name ([`state_dir`]), finds what to boot ([`artifacts`]), spawns the VMM
+//! makes the VM for such, within the node's [`settings`], the files of later ones being put into its [`share`]: it takes a
+//! name ([`state_dir`]), finds what to boot ([`artifacts`]), spawns the VMM
 //! ([`vmm_process`]) and talks to the agent in the guest ([`agent`]). Its verbs are create, start, exec, kill, delete
 //! and wait; a [`process::Process`] is what they act on, and [`streams`] carry its bytes.
 //!
@@ -20,6 +21,7 @@ mod mount_points;
 pub mod pod;
 pub mod preflight;
 pub mod process;
+pub mod settings;
 pub mod share;
 pub mod state_dir;
 pub mod streams;

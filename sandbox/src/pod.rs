@@ -12,6 +12,7 @@ use crate::agent::{AgentClient, CallError};
 use crate::artifacts::Artifacts;
 use crate::container::Container;
 use crate::process::Process;
+use crate::settings::units::KernelArgs;
 use crate::state_dir::{ExecBase, PodPaths, PodState, StateDir, StateError, StateRoot};
 use crate::timings::Timings;
 use crate::vmm_process::{Launch, VmmError, VmmProcess};
@@ -61,6 +62,8 @@ pub struct PodConfig {
     pub artifacts: Artifacts,
     pub vcpus: u32,
     pub memory_mib: u64,
+    /// Appended to the guest kernel's command line.
+    pub kernel_args: KernelArgs,
     /// Shows the guest kernel's console on standard error.
     pub console: bool,
     /// From the VMM's start to PID 1, again as long until the agent's hello, and then for each answer of the agent.
@@ -213,7 +216,7 @@ fn vmm_config(config: PodConfig, paths: &PodPaths) -> Config {
     Config {
         kernel: config.artifacts.kernel,
         initramfs: Some(config.artifacts.initramfs),
-        cmdline: String::new(),
+        cmdline: config.kernel_args.as_str().into(),
         memory_mib: config.memory_mib,
         vcpus: config.vcpus,
         console: config.console,

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use krx_sandbox::bundle::{self, BundleError};
+use krx_sandbox::settings::size::{Limits, SizeError};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 /// The annotations by which containerd's CRI plugin and CRI-O tell of pods: of the kind of a container, and of the
@@ -25,6 +26,8 @@ pub(crate) enum ConfigJsonError {
     },
     #[error("Annotation {name}: {value:?} is neither sandbox nor container")]
     Kind { name: &'static str, value: String },
+    #[error("Limits of the pod cannot be read")]
+    Limits(#[source] SizeError),
     #[error("Annotation {0} is missing: a container of a pod has to say of which")]
     NoSandbox(&'static str),
 }
@@ -51,8 +54,8 @@ pub(crate) struct ConfigJson {
     pub(crate) netns: Option<PathBuf>,
     /// Path in the cgroup tree, or `slice:prefix:name` for systemd.
     pub(crate) cgroup: Option<PathBuf>,
-    /// Limit of memory, in bytes.
-    pub(crate) memory_limit: Option<i64>,
+    /// Of the pod, which a container alone is.
+    pub(crate) limits: Limits,
 }
 
 impl ConfigJson {
@@ -69,16 +72,23 @@ impl ConfigJson {
         let namespaces = linux.and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
         let network = namespaces.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
         let sysctls = linux.and_then(|linux| linux.sysctl().as_ref());
-        let memory = linux.and_then(|linux| linux.resources().as_ref()?.memory().as_ref()?.limit());
+        let resources = linux.and_then(|linux| linux.resources().as_ref());
+        let role = role(&annotations)?;
+        let limits = match role {
+            Role::Single => resources.map(Limits::of_container).unwrap_or_default(),
+            Role::Sandbox | Role::Member(_) => {
+                Limits::of_sandbox(&annotations).map_err(ConfigJsonError::Limits)?
+            }
+        };
         Ok(Self {
-            role: role(&annotations)?,
+            role,
             hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
             sysctls: sysctls.into_iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect(),
             netns: network.and_then(|network| network.path().clone()).filter(|p| !p.as_os_str().is_empty()),
             cgroup: linux
                 .and_then(|linux| linux.cgroups_path().clone())
                 .filter(|p| !p.as_os_str().is_empty()),
-            memory_limit: memory.filter(|limit| *limit > 0),
+            limits,
             annotations,
         })
     }
@@ -142,7 +152,7 @@ mod tests {
         assert_eq!(config.hostname.as_deref(), Some("web-0"));
         assert_eq!(config.netns.as_deref(), Some(Path::new("/run/netns/cni-1")));
         assert_eq!(config.cgroup.as_deref(), Some(Path::new("kubepods-pod1.slice:cri-containerd:p")));
-        assert_eq!(config.memory_limit, Some(1 << 20));
+        assert_ne!(config.limits, Limits::default());
         assert_eq!(config.sysctls, [("net.ipv4.ip_forward".to_string(), "1".to_string())]);
         let config = read(json!({})).unwrap();
         assert!(config.netns.is_none() && config.hostname.is_none() && config.sysctls.is_empty());

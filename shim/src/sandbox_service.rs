@@ -17,6 +17,7 @@ use containerd_shim_protos::sandbox_api::{
 use containerd_shim_protos::sandbox_async::Sandbox;
 use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::r#async::TtrpcContext;
+use krx_sandbox::settings::size::Limits;
 use containerd_shim_protos::types::platform::Platform;
 
 use crate::config_json::{ConfigJson, Role};
@@ -105,7 +106,7 @@ fn config(request: CreateSandboxRequest) -> Result<ConfigJson> {
         sysctls: pod.sysctls,
         netns: Some(PathBuf::from(request.netns_path)).filter(|path| !path.as_os_str().is_empty()),
         cgroup,
-        memory_limit: Some(pod.memory_limit).filter(|limit| *limit > 0),
+        limits: Limits::new(pod.memory_limit, pod.cpu_quota, pod.cpu_period),
     })
 }
 

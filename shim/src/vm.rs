@@ -4,12 +4,15 @@ use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use krx_sandbox::artifacts::Artifacts;
 use krx_sandbox::bundle::PodNamespaces;
 use krx_sandbox::container::Container;
 use krx_sandbox::pod::{Pod, PodConfig};
+use krx_sandbox::settings::Settings;
+use krx_sandbox::settings::annotations::Wishes;
+use krx_sandbox::settings::size::{self, PodSize, SizeError};
 use krx_sandbox::share::{Placed, Prepared};
 use krx_sandbox::state_dir::StateRoot;
 use krx_sandbox::timings::Timings;
@@ -21,8 +24,6 @@ use crate::config_json::ConfigJson;
 use crate::error::{Result, ShimError, chain};
 use crate::process::Exit;
 
-/// Seconds for each half of a boot.
-const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest id of a pod (`krx_proto::validate_id`).
 const MAX_NAME: usize = 76;
 
@@ -64,14 +65,18 @@ impl Vm {
     /// Boots a VM; blocks until its agent is ready.
     pub(crate) fn boot(namespace: &str, id: &str, config: &ConfigJson) -> Result<Self> {
         let cgroup = config.cgroup.as_deref().and_then(enter);
-        let artifacts = Artifacts::find(None).map_err(|error| ShimError::wrong_state(chain(&error)))?;
+        let settings = Settings::load().map_err(|error| ShimError::wrong_state(chain(&error)))?;
+        let artifacts =
+            Artifacts::find(None, &settings).map_err(|error| ShimError::wrong_state(chain(&error)))?;
+        let size = size(&settings, config)?;
         let pod_config = PodConfig {
             name: pod_name(namespace, id),
             artifacts,
-            vcpus: 1,
-            memory_mib: memory_mib(config.memory_limit),
-            console: false,
-            boot_timeout: BOOT_TIMEOUT,
+            vcpus: size.vcpus.get().into(),
+            memory_mib: size.memory.mib(),
+            kernel_args: size.kernel_args,
+            console: size.console,
+            boot_timeout: settings.vm.boot_timeout,
             share: Vec::new(),
         };
         let pod = Pod::boot(&StateRoot::from_env(), pod_config, &Timings::default(), |_| ())?;
@@ -157,11 +162,13 @@ impl Vm {
     }
 }
 
-/// The guest's own part, and what its containers may use.
-fn memory_mib(limit: Option<i64>) -> u64 {
-    const OWN: u64 = 128;
-    const DEFAULT: u64 = 128;
-    OWN + limit.and_then(|limit| u64::try_from(limit).ok()).map_or(DEFAULT, |limit| limit.div_ceil(1 << 20))
+/// What the pod asks for, else what its limits need, else the node's default.
+fn size(settings: &Settings, config: &ConfigJson) -> Result<PodSize> {
+    let sized = || -> std::result::Result<_, SizeError> {
+        let wishes = Wishes::read(&config.annotations, settings)?;
+        size::size(settings, &wishes, &config.limits)
+    };
+    sized().map_err(|error| ShimError::invalid(chain(&error)))
 }
 
 fn enter(cgroup: &Path) -> Option<PodCgroup> {

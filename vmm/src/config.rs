@@ -124,7 +124,7 @@ pub enum ConfigError {
 pub const MAX_CMDLINE: usize = 1024;
 
 /// Guest memory, a whole number of MiB in a range that boots and that KVM can map.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct MemorySize(u64);
 
 impl MemorySize {
@@ -143,6 +143,16 @@ impl MemorySize {
         }
     }
 
+    /// The nearest size to so many MiB.
+    #[must_use]
+    pub const fn clamped(mib: u64) -> Self {
+        match mib {
+            0..Self::MIN_MIB => Self(Self::MIN_MIB),
+            Self::MIN_MIB..=Self::MAX_MIB => Self(mib),
+            _ => Self(Self::MAX_MIB),
+        }
+    }
+
     #[must_use]
     pub fn bytes(self) -> u64 {
         self.0 * MIB
@@ -155,7 +165,7 @@ impl MemorySize {
 }
 
 /// Number of virtual CPUs, 1 to [`VcpuCount::MAX`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct VcpuCount(u8);
 
 impl VcpuCount {
@@ -169,6 +179,13 @@ impl VcpuCount {
             Ok(small) if (1..=Self::MAX).contains(&count) => Ok(Self(small)),
             _ => Err(ConfigError::Vcpus(count)),
         }
+    }
+
+    /// The nearest number to `count`.
+    #[must_use]
+    pub fn clamped(count: u64) -> Self {
+        let most = u64::from(Self::MAX);
+        Self(u8::try_from(count.clamp(1, most)).unwrap_or(u8::MAX))
     }
 
     #[must_use]
@@ -252,6 +269,19 @@ mod tests {
         for vcpus in [0, 9, 256, 257, 1000, u32::MAX] {
             let result = Config { vcpus, ..config() }.validate();
             assert!(matches!(result, Err(ConfigError::Vcpus(v)) if v == vcpus));
+        }
+    }
+
+    #[test]
+    fn clamped_values_are_valid() {
+        for mib in [0, 1, 47, 48, 256, 1 << 20, (1 << 20) + 1, u64::MAX] {
+            assert_eq!(
+                MemorySize::from_mib(MemorySize::clamped(mib).mib()).unwrap(),
+                MemorySize::clamped(mib)
+            );
+        }
+        for (count, vcpus) in [(0, 1), (1, 1), (8, 8), (9, 8), (256, 8), (u64::MAX, 8)] {
+            assert_eq!(VcpuCount::clamped(count).get(), vcpus);
         }
     }
 
