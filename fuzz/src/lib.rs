@@ -10,9 +10,12 @@ pub mod seeds;
 
 use std::cell::RefCell;
 use std::io::Cursor;
+use std::path::Path;
 
 use krx_proto::{Call, Message};
 use krx_sandbox::bundle::{self, PodNamespaces};
+use krx_sandbox::settings::annotations::Annotation;
+use krx_sandbox::settings::{Settings, size};
 use krx_vmm::arch::x86_64::kernel;
 use krx_vmm::config::Config;
 use krx_vmm::config::interface::Mtu;
@@ -30,7 +33,7 @@ use crate::input::Input;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 11] = [
     ("mmio_rng", mmio_rng),
     ("mmio_vsock", mmio_vsock),
     ("mmio_fs", mmio_fs),
@@ -40,6 +43,8 @@ pub const TARGETS: [Target; 9] = [
     ("klog", klog),
     ("agent_frames", agent_frames),
     ("bundle", bundle),
+    ("settings", settings),
+    ("annotations", annotations),
 ];
 
 thread_local! {
@@ -144,6 +149,25 @@ pub fn bundle(data: &[u8]) {
         let _ = bundle::process(data, &first);
         let _ = bundle::resources(data);
     });
+}
+
+/// A file of a node's settings.
+pub fn settings(data: &[u8]) {
+    let mut settings = Settings::default();
+    if let Err(error) = settings.apply(Path::new("config.toml"), data) {
+        assert!(!error.to_string().contains('\n'), "{error}");
+    }
+}
+
+/// A pod's annotations: lines of a name and a value.
+pub fn annotations(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    let pairs = text.lines().filter_map(|line| line.split_once('='));
+    let settings = Settings { annotations: Annotation::ALL.into(), ..Settings::default() };
+    match size::of_sandbox(&settings, pairs) {
+        Ok(size) => assert!(size.memory <= settings.vm.max_memory && size.vcpus <= settings.vm.max_cpus),
+        Err(error) => assert!(error.to_string().len() < 1024, "{error}"),
+    }
 }
 
 fn memory() -> GuestMemoryMmap {

@@ -34,6 +34,15 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
         "klog" => vec![log()],
         "agent_frames" => frames(),
         "bundle" => texts(&[BUNDLE, CONFINED, PROCESS, RESOURCES, r#"{"ociVersion":"1.2.0"}"#]),
+        "settings" => {
+            texts(&[include_str!("../../dist/config.toml"), SETTINGS, "vm = {cpus = 2, console = true}\n"])
+        }
+        "annotations" => texts(&[
+            "io.krx.memory=1G\nio.krx.cpus=2\nio.krx.kernel-args=quiet\nio.krx.console-log=true\n",
+            "io.kubernetes.cri.sandbox-memory=1073741824\nio.kubernetes.cri.sandbox-cpu-period=100000\n\
+             io.kubernetes.cri.sandbox-cpu-quota=150000\nio.kubernetes.cri.sandbox-cpu-shares=102\n",
+            "io.krx.colour=red\n",
+        ]),
         other => panic!("no target {other}"),
     }
 }
@@ -41,6 +50,10 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
 fn texts(texts: &[&str]) -> Vec<Vec<u8>> {
     texts.iter().map(|text| text.as_bytes().to_vec()).collect()
 }
+
+const SETTINGS: &str = "[guest]\nkernel = '/k'\ninitramfs = \"\"\nkernel_args = 'quiet'\n[vm]\nmemory_mib = 512\noverhead_mib = 32\n\
+cpus = 2\nmax_memory_mib = 1024\nmax_cpus = 4\nboot_timeout_s = 5\nconsole = true\n[vmm]\npath = '/v'\n[annotations]\n\
+allow = ['io.krx.kernel-args']\n[log]\nlevel = 'debug'\n";
 
 const BUNDLE: &str = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs","readonly":true},"hostname":"h",
 "process":{"args":["sh"],"cwd":"/","env":["A=b"],"user":{"uid":1,"gid":2,"additionalGids":[3],"umask":18},

@@ -93,4 +93,16 @@ macro_rules! targets {
     };
 }
 
-targets!(mmio_rng, mmio_vsock, mmio_fs, mmio_net, vmm_config, kernel, klog, agent_frames, bundle);
+targets!(
+    mmio_rng,
+    mmio_vsock,
+    mmio_fs,
+    mmio_net,
+    vmm_config,
+    kernel,
+    klog,
+    agent_frames,
+    bundle,
+    settings,
+    annotations
+);
