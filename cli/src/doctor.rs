@@ -1,12 +1,13 @@
 //! `krx doctor`: the findings about this host, for people or as JSON.
 
-use krx_sandbox::preflight::{self, Finding, Level};
+use krx_sandbox::preflight::{self, Finding, Level, installation};
 
 /// No pod can run here.
 const UNFIT: u8 = 1;
 
 pub(crate) fn run(json: bool) -> u8 {
-    let findings = preflight::check_host();
+    let mut findings = preflight::check_host();
+    findings.extend(installation::check());
     let fit = findings.iter().all(|finding| finding.level != Level::Error);
     if json {
         println!("{}", serde_json::json!({ "ok": fit, "checks": findings }));

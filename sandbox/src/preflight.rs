@@ -1,8 +1,10 @@
 //! Whether this host can run a pod: what is wrong, what it means, what to do.
 //!
 //! [`check_start`] is the short form before every start: whether KVM runs Linux is asked of a probe guest once a boot and
-//! kept in the state directory. [`check_host`] asks everything anew, for `krx doctor`. Facts are read in one place and
-//! judged by functions that are given text.
+//! kept in the state directory. [`check_host`] asks everything anew, for `krx doctor`, [`installation`] adds what containerd
+//! needs. Facts are read in one place and judged by functions that are given text.
+
+pub mod installation;
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::Write;
