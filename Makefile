@@ -1,6 +1,6 @@
 # krx: `make demo` shows it, `make test` tests it, `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup build kernel initramfs rootfs demo test e2e lint check bench fuzz fmt clean
+.PHONY: help setup build install deb kernel initramfs rootfs demo test e2e lint check bench fuzz fmt clean
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 
 help: ## This list
@@ -11,6 +11,12 @@ setup: ## Install what is missing (as root), or say exactly what to install
 
 build: setup kernel initramfs ## Everything a user runs: krx, krx-vmm, guest kernel, initramfs
 	@scripts/programs
+
+install: ## Install what is built; PREFIX=/usr/local and DESTDIR= say where
+	@PREFIX="$(or $(PREFIX),/usr/local)" DESTDIR="$(DESTDIR)" scripts/install
+
+deb: ## Debian package of what is built (needs cargo-deb)
+	@scripts/deb
 
 kernel: setup ## Guest kernel (target/guest/vmlinux); KERNEL_SRC= and KERNEL= override
 	@kernel-config/build.sh

@@ -135,6 +135,20 @@ fn error_enums_stay_small() {
 }
 
 #[test]
+fn runtime_class_is_what_its_script_writes() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let written =
+        std::process::Command::new(root.join("scripts/runtimeclass")).output().expect("scripts/runtimeclass");
+    assert!(written.status.success(), "{written:?}");
+    let shipped = fs::read_to_string(root.join("dist/runtimeclass.yaml")).expect("dist/runtimeclass.yaml");
+    assert_eq!(
+        String::from_utf8_lossy(&written.stdout),
+        shipped,
+        "scripts/runtimeclass >dist/runtimeclass.yaml"
+    );
+}
+
+#[test]
 fn unsafe_is_where_it_may_be() {
     let allowed = ["vmm/src/sys.rs", "vmm/src/kvm/", "guest-agent/src/sys/", "sandbox/src/sys.rs"];
     let mut elsewhere = Vec::new();
