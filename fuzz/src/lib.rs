@@ -139,8 +139,7 @@ pub fn bundle(data: &[u8]) {
         if let Some(filter) = &first.seccomp {
             assert!((1..=krx_proto::MAX_SECCOMP).contains(&filter.program.len()));
         }
-        let pod =
-            PodNamespaces {
+        let pod = PodNamespaces {
             paths: vec!["/proc/7/ns/ipc".into()],
             is_sandbox: data.len().is_multiple_of(2),
             share_prefix: String::new(),
