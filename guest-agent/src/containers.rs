@@ -10,22 +10,19 @@ use krx_proto::{
     AgentError, Answer, ContainerSpec, ErrorKind, ExitStatus, ProcessInfo, ProcessSpec, Request, Resources,
     Stats, StreamHello, TerminalSize, validate_id,
 };
-use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-use nix::unistd::write;
 
 use crate::cgroup::{self, Cgroup};
-use crate::child::{self, ChildEnds, MAX_REPORT, Report};
+use crate::child;
 use crate::container::ContainerPlan;
 use crate::error::{Doing, StepError, invalid};
-use crate::lifecycle::{Caller, Lifecycle, Next, Reply, wrong_state};
+use crate::forked::{Process, fork};
+use crate::lifecycle::{Caller, Next, Reply, wrong_state};
 use crate::limits::Limits;
 use crate::oom::OomWatch;
 use crate::process::ProcessPlan;
 use crate::relay::Relay;
 use crate::stats;
-use crate::stdio::Streams;
 use crate::sys;
 
 /// More containers than a pod has. Stops a host gone wild from using up the guest's descriptors.
@@ -53,18 +50,6 @@ struct Container {
     first: OwnedFd,
     /// By id; the first process has the empty one.
     processes: BTreeMap<String, Process>,
-}
-
-#[derive(Debug)]
-struct Process {
-    pid: i32,
-    /// The control connection that made it, and whether that is gone.
-    connection: u32,
-    orphaned: bool,
-    life: Lifecycle,
-    streams: Streams,
-    /// Until its exec.
-    sync: Option<OwnedFd>,
 }
 
 impl Containers {
@@ -386,87 +371,6 @@ impl Container {
     fn process(&mut self, id: &str) -> Result<&mut Process, AgentError> {
         let missing = || AgentError::new(ErrorKind::NotFound, format_args!("There is no process {id:?}"));
         self.processes.get_mut(id).ok_or_else(missing)
-    }
-}
-
-impl Process {
-    /// Whether this is the process with that PID now: the number of an ended one may be another's.
-    fn is(&self, pid: i32) -> bool {
-        self.pid == pid && !self.life.has_exited()
-    }
-
-    fn public_pid(&self) -> u32 {
-        self.pid.try_into().unwrap_or(0)
-    }
-
-    /// Lets it exec.
-    fn release(&self) {
-        if let Some(sync) = &self.sync {
-            // Where it is dead already, its end is the next event.
-            let _ = write(sync, &[1]);
-        }
-    }
-
-    fn take_reports(&mut self, replies: &mut Vec<Reply>) {
-        while let Some(sync) = &self.sync {
-            let mut buffer = [0; MAX_REPORT];
-            let (length, terminal) = match sys::socket::receive(sync.as_fd(), &mut buffer) {
-                Err(Errno::EAGAIN | Errno::EINTR) => return,
-                // Any other error ends the connection as its close does.
-                Err(_) => (0, None),
-                Ok(received) => received,
-            };
-            if length == 0 {
-                self.sync = None;
-                self.life.disconnected(replies);
-                return;
-            }
-            let frame = krx_proto::read_frame::<Report>(&mut &buffer[..length]);
-            match frame.unwrap_or_else(|_| Err(failed(format_args!("The process sent no valid report")))) {
-                Ok(()) => {
-                    if let Some(terminal) = terminal {
-                        self.streams.set_terminal(terminal);
-                    }
-                    if self.life.ready(self.public_pid(), replies) == Next::Release {
-                        self.release();
-                    }
-                }
-                Err(error) => self.life.failed(error),
-            }
-        }
-    }
-}
-
-/// Forks a child that runs `body`, and ends should that return.
-fn fork(
-    caller: Caller,
-    plan: &ProcessPlan,
-    namespaces: CloneFlags,
-    cgroup: BorrowedFd<'_>,
-    body: impl FnOnce(&ChildEnds),
-) -> Result<(Process, OwnedFd), StepError> {
-    let doing = || "Cannot make a process";
-    let (streams, stdio) = Streams::new(plan)?;
-    let flags = SockFlag::SOCK_CLOEXEC;
-    let (sync, child_sync) =
-        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).doing(doing)?;
-    let ends = ChildEnds { sync: child_sync, stdio };
-    match sys::process::fork_into(namespaces, cgroup).doing(doing)? {
-        None => {
-            body(&ends);
-            sys::process::exit(1)
-        }
-        Some(sys::process::Child { pid, pidfd }) => {
-            let process = Process {
-                pid,
-                connection: caller.connection,
-                orphaned: false,
-                life: Lifecycle::new(caller),
-                streams,
-                sync: Some(sync),
-            };
-            Ok((process, pidfd))
-        }
     }
 }
 

@@ -12,6 +12,7 @@ mod control;
 mod credentials;
 mod device_filter;
 mod error;
+mod forked;
 mod greeting;
 mod guest;
 mod lifecycle;
