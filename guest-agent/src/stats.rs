@@ -4,7 +4,10 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use krx_proto::{CpuStats, GuestMemory, IoStats, Limit, MemoryEvents, MemoryStats, PidsStats, Stats};
+use krx_proto::{
+    CpuStats, GuestMemory, GuestStats, InterfaceStats, IoStats, Limit, MemoryEvents, MemoryStats, PidsStats,
+    Stats, TrafficStats,
+};
 
 /// Most that is read of a file, several times what the kernel writes: `io.stat` has a line for each block device.
 const MAX_FILE: u64 = 64 << 10;
@@ -33,9 +36,12 @@ pub(crate) fn read(path: &Path) -> Stats {
     }
 }
 
-/// Memory of the guest as a whole.
-pub(crate) fn guest() -> GuestMemory {
-    meminfo(&text(Path::new("/proc/meminfo")))
+/// The guest as a whole; its network is that of the agent's own namespace.
+pub(crate) fn guest() -> GuestStats {
+    GuestStats {
+        memory: meminfo(&text(Path::new("/proc/meminfo"))),
+        interfaces: interfaces(&text(Path::new("/proc/net/dev"))),
+    }
 }
 
 /// What the kernel has counted in `memory.events`.
@@ -63,7 +69,7 @@ pub(crate) fn capped(file: impl Read) -> String {
 }
 
 /// Lines of a name and a number each.
-fn flat(text: &str) -> Vec<(&str, u64)> {
+pub(crate) fn flat(text: &str) -> Vec<(&str, u64)> {
     let pairs = text.lines().take(MAX_LINES).filter_map(|line| line.split_once(' '));
     let named = pairs.filter(|(name, _)| name.len() <= MAX_NAME);
     named.filter_map(|(name, value)| Some((name, value.trim().parse().ok()?))).collect()
@@ -129,6 +135,31 @@ fn meminfo(text: &str) -> GuestMemory {
     GuestMemory { total: of("MemTotal:"), available: of("MemAvailable:") }
 }
 
+/// Lines such as `  eth0: 10 1 0 0 0 0 0 0 20 2 0 0 0 0 0 0`: eight figures of what was received, of which bytes,
+/// packets, errors and dropped come first, and eight of what was sent. The two lines of headings have no such figures.
+fn interfaces(text: &str) -> Vec<InterfaceStats> {
+    const COLUMNS: usize = 8;
+    let interface = |line: &str| {
+        let (name, figures) = line.rsplit_once(':')?;
+        let name = name.trim();
+        let figures: Vec<u64> =
+            figures.split_whitespace().take(2 * COLUMNS).map_while(|figure| figure.parse().ok()).collect();
+        let usable = !name.is_empty() && name.len() <= MAX_NAME && name != "lo";
+        if !usable || figures.len() != 2 * COLUMNS {
+            return None;
+        }
+        let traffic = |from: &[u64]| TrafficStats {
+            bytes: from[0],
+            packets: from[1],
+            errors: from[2],
+            dropped: from[3],
+        };
+        let (received, sent) = figures.split_at(COLUMNS);
+        Some(InterfaceStats { name: name.into(), received: traffic(received), sent: traffic(sent) })
+    };
+    text.lines().take(MAX_LINES).filter_map(interface).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -180,6 +211,32 @@ mod tests {
             [IoStats { major: 1, minor: 2, ..IoStats::default() }]
         );
         assert_eq!(meminfo("MemTotal: 99999999999999999 kB").total, u64::MAX);
+    }
+
+    #[test]
+    fn interfaces_are_counted_but_for_the_loopback_one() {
+        let text = "Inter-|   Receive                                                |  Transmit\n \
+            face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed\n    \
+            lo:     100       1    0    0    0     0          0         0      100       1    0    0    0     0       0          0\n  \
+            eth0:18446744073709551615 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16\n\
+            eth0:1: 1 2 3 4 0 0 0 0 5 6 7 8 0 0 0 0\n";
+        let traffic = |bytes, packets, errors, dropped| TrafficStats { bytes, packets, errors, dropped };
+        let of = |name: &str, received, sent| InterfaceStats { name: name.into(), received, sent };
+        let expected = [
+            of("eth0", traffic(u64::MAX, 2, 3, 4), traffic(9, 10, 11, 12)),
+            of("eth0:1", traffic(1, 2, 3, 4), traffic(5, 6, 7, 8)),
+        ];
+        assert_eq!(interfaces(text), expected);
+        let long = format!("{}: {}", "x".repeat(MAX_NAME + 1), "1 ".repeat(16));
+        for text in ["", ":", "eth0:", "eth0: 1 2 3", ": 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1", &long, "\u{fffd}"]
+        {
+            assert_eq!(interfaces(text), [], "{text:?}");
+        }
+        for bad in ["-1", "x", "99999999999999999999999", "1.5"] {
+            assert_eq!(interfaces(&format!("eth0: {}{bad}", "1 ".repeat(15))), [], "{bad}");
+        }
+        let many = format!("e: {}\n", "1 ".repeat(16)).repeat(MAX_LINES + 10);
+        assert_eq!(interfaces(&many).len(), MAX_LINES);
     }
 
     #[test]

@@ -33,7 +33,10 @@ pub use spec::{
     Capabilities, ContainerSpec, MAX_SECCOMP, Mount, Namespace, ProcessSpec, Rlimit, SeccompFilter,
     SeccompInstruction, TerminalSize, User, validate_id,
 };
-pub use stats::{CpuStats, GuestMemory, IoStats, MemoryEvents, MemoryStats, PidsStats, Stats};
+pub use stats::{
+    CpuStats, GuestMemory, GuestStats, InterfaceStats, IoStats, MemoryEvents, MemoryStats, PidsStats, Stats,
+    TrafficStats,
+};
 
 /// Version of the protocol; both sides must agree exactly, as they are shipped together.
 pub const VERSION: u16 = 1;

@@ -13,7 +13,7 @@ pub struct Stats {
     /// One entry a block device.
     pub io: Vec<IoStats>,
     /// Of the guest as a whole, where that was asked for.
-    pub guest: Option<GuestMemory>,
+    pub guest: Option<GuestStats>,
 }
 
 /// `cpu.stat`.
@@ -66,6 +66,31 @@ pub struct IoStats {
     pub wbytes: u64,
     pub rios: u64,
     pub wios: u64,
+}
+
+/// The guest as a whole.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestStats {
+    pub memory: GuestMemory,
+    /// Its network interfaces, but for the loopback one.
+    pub interfaces: Vec<InterfaceStats>,
+}
+
+/// A line of `/proc/net/dev`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceStats {
+    pub name: String,
+    pub received: TrafficStats,
+    pub sent: TrafficStats,
+}
+
+/// One direction of an interface.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrafficStats {
+    pub bytes: u64,
+    pub packets: u64,
+    pub errors: u64,
+    pub dropped: u64,
 }
 
 /// `/proc/meminfo`, bytes.

@@ -4,6 +4,7 @@
 //! A test asks [`host`] first. Where KVM cannot run Linux it says `SKIP` and why; with `KRX_REQUIRE_VM` set, as
 //! `make test` does, it fails instead.
 
+pub mod agent;
 pub mod guest;
 pub mod image;
 pub mod pod;

@@ -64,7 +64,17 @@ impl Place {
     /// When it does not come up in time.
     #[must_use]
     pub fn living(&self, name: &str) -> Living<'_> {
-        let mut command = self.run(&["--name", name], &["sh", "-c", "echo up; exec sleep 3600"]);
+        self.living_with(name, &[])
+    }
+
+    /// As [`Self::living`], with further options of `krx run`.
+    ///
+    /// # Panics
+    /// When it does not come up in time.
+    #[must_use]
+    pub fn living_with(&self, name: &str, options: &[&str]) -> Living<'_> {
+        let options = [&["--name", name], options].concat();
+        let mut command = self.run(&options, &["sh", "-c", "echo up; exec sleep 3600"]);
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("krx");
         let mut first = [0; 3];
         let read = child.stdout.as_mut().expect("piped").read_exact(&mut first);

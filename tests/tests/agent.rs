@@ -3,79 +3,16 @@
 
 #![allow(clippy::tests_outside_test_module, reason = "an integration test is one")]
 
-use std::io::Read;
-use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use krx_proto::{
-    AgentError, Answer, Capabilities, ContainerSpec, CpuMax, Device, DeviceAccess, DeviceKind, DeviceRule,
-    ErrorKind, ExitStatus, Limit, Namespace, ProcessSpec, Request, Resources, Rlimit, SeccompFilter, Stream,
+    Answer, Capabilities, ContainerSpec, CpuMax, Device, DeviceAccess, DeviceKind, DeviceRule, ErrorKind,
+    ExitStatus, Limit, Namespace, ProcessSpec, Request, Resources, Rlimit, SeccompFilter,
 };
-use krx_sandbox::agent::{AgentClient, CallError};
-use krx_sandbox::process::Process;
-use krx_sandbox::{bundle, default_spec};
-use tests::pod::{Living, Place, until};
-
-/// A living pod, and a connection of its own to the agent in it.
-struct Guest<'a> {
-    pod: Living<'a>,
-    agent: Arc<AgentClient>,
-}
-
-impl<'a> Guest<'a> {
-    fn new(place: &'a Place) -> Self {
-        let pod = place.living("pod");
-        let agent = AgentClient::connect(&place.state().join("pod/vsock.sock")).expect("agent");
-        Self { pod, agent: Arc::new(agent) }
-    }
-
-    fn call(&self, request: Request) -> Result<Answer, CallError> {
-        self.agent.send(request).expect("sent").answer()
-    }
-
-    fn process(&self, container: &str, process: &str) -> Process {
-        let vsock = self.pod.place.state().join("pod/vsock.sock");
-        Process::new(self.agent.clone(), vsock, container, process)
-    }
-
-    fn create(&self, spec: ContainerSpec) -> Result<Process, CallError> {
-        let process = self.process(&spec.id, "");
-        self.call(Request::Create(Box::new(spec))).map(|_| process)
-    }
-
-    /// Runs a shell script in a new container and returns its output and end.
-    fn run(&self, id: &str, script: &str, change: impl FnOnce(&mut ContainerSpec)) -> (String, ExitStatus) {
-        let mut spec = shell(id, script);
-        change(&mut spec);
-        let process = self.create(spec).expect("create");
-        output(&process)
-    }
-}
-
-/// A container on the pod's root file system.
-fn shell(id: &str, script: &str) -> ContainerSpec {
-    let mut spec = default_spec::container(id);
-    spec.rootfs = format!("{}/rootfs", krx_proto::SHARE_PATH);
-    spec.process.args = vec!["sh".into(), "-c".into(), script.into()];
-    spec
-}
-
-/// Starts a process and reads its output to the end.
-fn output(process: &Process) -> (String, ExitStatus) {
-    let mut stdout = process.connect(Stream::Stdout).expect("stdout");
-    process.start().expect("start");
-    let mut text = String::new();
-    stdout.read_to_string(&mut text).expect("output");
-    (text, process.wait().expect("wait"))
-}
-
-fn kind(result: Result<impl Sized, CallError>) -> ErrorKind {
-    match result.err() {
-        Some(CallError::Agent(AgentError { kind, .. })) => kind,
-        other => panic!("no error of the agent: {other:?}"),
-    }
-}
+use krx_sandbox::bundle;
+use tests::agent::{Guest, kind, output, shell};
+use tests::pod::{Place, until};
 
 #[test]
 fn several_containers_live_in_one_vm() {
@@ -254,8 +191,11 @@ fn what_is_used_is_counted() {
     let all = stats("");
     let whole = all.guest.expect("guest");
     assert!(
-        all.cpu.usage_usec >= busy.cpu.usage_usec && whole.total > whole.available && whole.available > 0
+        all.cpu.usage_usec >= busy.cpu.usage_usec
+            && whole.memory.total > whole.memory.available
+            && whole.memory.available > 0
     );
+    assert!(whole.interfaces.iter().all(|interface| interface.name != "lo"), "{whole:?}");
     assert_eq!(kind(guest.call(Request::Stats { container: "nobody".into() })), ErrorKind::NotFound);
 }
 
