@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
+use krx_proto::MAX_PIDS;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
@@ -98,7 +99,7 @@ impl Cgroup {
         fs::write(self.path.join("cgroup.kill"), "1")
     }
 
-    /// PIDs of all processes in it, those in cgroups the container made below included.
+    /// PIDs of all processes in it, those in cgroups the container made below included; at most [`MAX_PIDS`].
     pub(crate) fn processes(&self) -> Vec<i32> {
         let mut found = Vec::new();
         collect(&self.path, MAX_DEPTH, &mut found);
@@ -125,8 +126,9 @@ impl AsFd for Cgroup {
 
 fn collect(cgroup: &Path, depth: u32, found: &mut Vec<i32>) {
     let listed = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
-    found.extend(listed.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|pid| *pid > 0));
-    if depth > 0 {
+    let pids = listed.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|pid| *pid > 0);
+    found.extend(pids.take(MAX_PIDS.saturating_sub(found.len())));
+    if depth > 0 && found.len() < MAX_PIDS {
         children(cgroup).for_each(|child| collect(&child, depth - 1, found));
     }
 }
@@ -146,6 +148,24 @@ fn children(cgroup: &Path) -> impl Iterator<Item = PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn processes_of_all_levels_are_found_up_to_a_limit() {
+        let cgroup = std::env::temp_dir().join(format!("krx-agent-cgroup-{}", std::process::id()));
+        fs::create_dir_all(cgroup.join("a/b")).unwrap();
+        let found = || {
+            let mut found = Vec::new();
+            collect(&cgroup, MAX_DEPTH, &mut found);
+            found
+        };
+        assert_eq!(found(), []);
+        fs::write(cgroup.join("cgroup.procs"), "7\n0\n-1\nx\n99999999999\n8\n").unwrap();
+        fs::write(cgroup.join("a/b/cgroup.procs"), "9\n").unwrap();
+        assert_eq!(found(), [7, 8, 9]);
+        fs::write(cgroup.join("a/cgroup.procs"), "5\n".repeat(MAX_PIDS)).unwrap();
+        assert_eq!(found().len(), MAX_PIDS);
+        fs::remove_dir_all(&cgroup).unwrap();
+    }
 
     #[test]
     fn only_known_controllers_are_enabled() {

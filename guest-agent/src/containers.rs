@@ -7,8 +7,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use krx_proto::{
-    AgentError, Answer, ContainerSpec, ErrorKind, ExitStatus, ProcessInfo, ProcessSpec, Request, Resources,
-    Stats, StreamHello, TerminalSize, validate_id,
+    AgentError, Answer, ContainerSpec, ErrorKind, ExitStatus, ProcessInfo, ProcessSpec, ProcessState,
+    Request, Resources, Stats, StreamHello, TerminalSize, validate_id,
 };
 use nix::sched::{CloneFlags, setns};
 
@@ -17,6 +17,7 @@ use crate::child;
 use crate::container::ContainerPlan;
 use crate::error::{Doing, StepError, invalid};
 use crate::forked::{Process, fork};
+use crate::freezer::Freezer;
 use crate::lifecycle::{Caller, Next, Reply, wrong_state};
 use crate::limits::Limits;
 use crate::oom::OomWatch;
@@ -46,6 +47,7 @@ struct Container {
     namespaces: CloneFlags,
     cgroup: Cgroup,
     oom: OomWatch,
+    freezer: Freezer,
     /// The first process, whose namespaces are the container's.
     first: OwnedFd,
     /// By id; the first process has the empty one.
@@ -73,6 +75,8 @@ impl Containers {
             Request::List => Ok(Some(self.list())),
             Request::Stats { container } => self.stats(&container).map(Some),
             Request::WaitOom { container, seen } => self.wait_oom(caller, &container, seen),
+            Request::Pids { container } => self.pids(&container).map(Some),
+            Request::Freeze { container, frozen } => self.freeze(caller, &container, frozen),
             Request::Update { container, resources } => self.update(&container, *resources).map(Some),
             // The server's own: it ends all of this.
             Request::Shutdown => Ok(Some(Answer::Done)),
@@ -101,15 +105,18 @@ impl Containers {
         processes.filter_map(|process| Some((process.pid, process.sync.as_ref()?.as_fd())))
     }
 
-    /// Where the kernel shows that it has killed for want of memory: priority events.
-    pub(crate) fn oom_events(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.containers.values().filter_map(|container| container.oom.waits_for())
+    /// Where the kernel shows what somebody waits for: priority events.
+    pub(crate) fn cgroup_events(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.containers
+            .values()
+            .flat_map(|container| container.oom.waits_for().into_iter().chain(container.freezer.waits_for()))
     }
 
-    /// Answers who waits for such kills, if there were any.
-    pub(crate) fn check_oom(&mut self) {
+    /// Answers who waits for what has happened.
+    pub(crate) fn check_cgroups(&mut self) {
         for container in self.containers.values_mut() {
             container.oom.check(&mut self.replies);
+            container.freezer.check(&mut self.replies);
         }
     }
 
@@ -158,6 +165,7 @@ impl Containers {
     pub(crate) fn forget_connection(&mut self, connection: u32) {
         for container in self.containers.values_mut() {
             container.oom.forget_connection(connection);
+            container.freezer.forget_connection(connection);
             container.processes.retain(|name, process| {
                 process.life.forget_connection(connection);
                 if name.is_empty() || process.connection != connection {
@@ -203,8 +211,14 @@ impl Containers {
         match forked {
             Ok((process, first)) => {
                 let processes = BTreeMap::from([(String::new(), process)]);
-                let oom = OomWatch::new(cgroup.path());
-                let container = Container { namespaces: plan.namespaces, cgroup, oom, first, processes };
+                let container = Container {
+                    namespaces: plan.namespaces,
+                    oom: OomWatch::new(cgroup.path()),
+                    freezer: Freezer::new(cgroup.path()),
+                    cgroup,
+                    first,
+                    processes,
+                };
                 self.containers.insert(id, container);
                 Ok(None)
             }
@@ -232,9 +246,10 @@ impl Containers {
             return Err(AgentError::new(ErrorKind::Exists, format_args!("Process {id} exists already")));
         }
         // The first process may still be on its way in, and its namespaces are not the container's before it is there.
-        let first = container.processes.get("");
-        if !first.is_some_and(|first| first.life.is_in_place()) {
-            return Err(wrong_state("The container is not running"));
+        container.check_running()?;
+        // The new process would freeze too, before it can say that it is there.
+        if container.freezer.is_frozen() {
+            return Err(wrong_state("The container is frozen"));
         }
         let namespaces = container.namespaces;
         let joined = namespaces & !CloneFlags::CLONE_NEWPID;
@@ -326,6 +341,17 @@ impl Containers {
         find(&mut self.containers, id)?.oom.wait(caller, seen, &mut self.replies).map(|()| None)
     }
 
+    fn pids(&mut self, id: &str) -> Result<Answer, AgentError> {
+        let pids = find(&mut self.containers, id)?.cgroup.processes();
+        Ok(Answer::Pids(pids.into_iter().filter_map(|pid| pid.try_into().ok()).collect()))
+    }
+
+    fn freeze(&mut self, caller: Caller, id: &str, frozen: bool) -> Result<Option<Answer>, AgentError> {
+        let container = find(&mut self.containers, id)?;
+        container.check_running()?;
+        container.freezer.set(caller, frozen, &mut self.replies).map(|()| None)
+    }
+
     fn delete(&mut self, container_id: &str, id: &str) -> Result<Answer, AgentError> {
         let container = find(&mut self.containers, container_id)?;
         if !container.process(id)?.life.has_exited() {
@@ -343,6 +369,7 @@ impl Containers {
         let Some(container) = self.containers.remove(id) else { return };
         container.cgroup.remove();
         self.replies.extend(container.oom.abandon());
+        self.replies.extend(container.freezer.abandon());
         self.replies.extend(container.processes.into_values().flat_map(|process| process.life.abandon()));
     }
 
@@ -352,7 +379,10 @@ impl Containers {
                 container: container.clone(),
                 process: process.clone(),
                 pid: known.public_pid(),
-                state: known.life.public(),
+                state: match known.life.public() {
+                    ProcessState::Running if there.freezer.is_frozen() => ProcessState::Frozen,
+                    state => state,
+                },
             })
         });
         Answer::Processes(processes.collect())
@@ -368,6 +398,13 @@ impl Containers {
 }
 
 impl Container {
+    fn check_running(&self) -> Result<(), AgentError> {
+        match self.processes.get("") {
+            Some(first) if first.life.is_in_place() => Ok(()),
+            _ => Err(wrong_state("The container is not running")),
+        }
+    }
+
     fn process(&mut self, id: &str) -> Result<&mut Process, AgentError> {
         let missing = || AgentError::new(ErrorKind::NotFound, format_args!("There is no process {id:?}"));
         self.processes.get_mut(id).ok_or_else(missing)

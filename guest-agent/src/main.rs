@@ -13,6 +13,7 @@ mod credentials;
 mod device_filter;
 mod error;
 mod forked;
+mod freezer;
 mod greeting;
 mod guest;
 mod lifecycle;

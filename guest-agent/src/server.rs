@@ -60,8 +60,8 @@ enum Source {
     /// The receiver of an idle relay is gone.
     Broken(usize),
     Report(i32),
-    /// The kernel has killed for want of memory.
-    Oom,
+    /// The kernel has killed for want of memory, or a container is frozen.
+    Cgroups,
 }
 
 impl Server {
@@ -126,7 +126,8 @@ impl Server {
         // Reports come before deaths: what a child says is taken before its end is.
         let mut all: Vec<_> =
             self.containers.waits_for().map(|(pid, sync)| (sync, readable, Source::Report(pid))).collect();
-        all.extend(self.containers.oom_events().map(|events| (events, PollFlags::POLLPRI, Source::Oom)));
+        let events = self.containers.cgroup_events();
+        all.extend(events.map(|events| (events, PollFlags::POLLPRI, Source::Cgroups)));
         all.push((self.children.as_fd(), readable, Source::Children));
         all.push((self.listeners.power.as_fd(), readable, Source::Power));
         if self.controls.len() < MAX_CONTROLS {
@@ -174,7 +175,7 @@ impl Server {
             Source::Greeting(index) => self.greet(index),
             Source::Relay(index) => self.relays[index].advance(&mut self.buffer),
             Source::Broken(index) => self.relays[index].abandon(),
-            Source::Oom => self.containers.check_oom(),
+            Source::Cgroups => self.containers.check_cgroups(),
             Source::Report(pid) => self.containers.take_reports(pid),
         }
     }

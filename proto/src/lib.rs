@@ -25,8 +25,8 @@ mod stats;
 pub use devices::{Device, DeviceAccess, DeviceKind, DeviceRule};
 pub use frame::{FrameError, MAX_FRAME, decode, encode, read_frame, take_frame, write_frame};
 pub use message::{
-    AgentError, Answer, Call, ErrorKind, ExitStatus, GuestInfo, Message, ProcessInfo, ProcessState, Request,
-    Stream, StreamHello,
+    AgentError, Answer, Call, ErrorKind, ExitStatus, GuestInfo, MAX_PIDS, Message, ProcessInfo, ProcessState,
+    Request, Stream, StreamHello,
 };
 pub use resources::{CpuMax, Limit, Resources, UNIFIED};
 pub use spec::{

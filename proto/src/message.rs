@@ -65,6 +65,10 @@ pub enum Request {
     /// Answered with [`Answer::OomKills`] when the kernel has killed more than `seen` processes of the container for
     /// want of memory; before the answer to a wait for a process that it killed.
     WaitOom { container: String, seen: u64 },
+    /// The processes in a container's cgroup, whoever made them. Answered with [`Answer::Pids`].
+    Pids { container: String },
+    /// Stops every process of a container where it is, or lets all go on. Answered when that is the case.
+    Freeze { container: String, frozen: bool },
 }
 
 /// What a successful call returns.
@@ -82,7 +86,12 @@ pub enum Answer {
     Stats(Box<Stats>),
     /// Processes of the container that were killed for want of memory since it was made.
     OomKills(u64),
+    /// PIDs in the guest's root PID namespace, at most [`MAX_PIDS`].
+    Pids(Vec<u32>),
 }
+
+/// Most PIDs of an answer, Linux' own default for the most there can be (`pid_max`).
+pub const MAX_PIDS: usize = 32_768;
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -113,12 +122,13 @@ pub struct ProcessInfo {
     pub state: ProcessState,
 }
 
-/// Life of a process: created, running, exited, in that order.
+/// Life of a process: created, running, exited, in that order; and running, but in a frozen container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ProcessState {
     Created,
     Running,
     Exited(ExitStatus),
+    Frozen,
 }
 
 /// Why the agent refused or failed; the kind decides exit codes and RPC statuses, the message is for people.
