@@ -75,6 +75,13 @@ pub(crate) fn further(plan: &ProcessPlan, ends: &ChildEnds, first: BorrowedFd<'_
     })
 }
 
+/// A process that does work for the agent which may block, says how that went, and ends.
+pub(crate) fn helper(sync: BorrowedFd<'_>, work: impl FnOnce() -> Result<(), StepError>) -> ! {
+    let done = leave_agent(&[sync]).and_then(|()| work());
+    let _ = report(sync, &done.map_err(AgentError::from), None);
+    sys::process::exit(0)
+}
+
 /// Where a child is once it is in its container.
 struct Entered {
     root: Root,
@@ -89,7 +96,12 @@ fn run(
     keep: &[BorrowedFd<'_>],
     enter: impl FnOnce() -> Result<Entered, StepError>,
 ) -> ! {
-    let prepared = leave_agent(ends, keep).and_then(|()| enter()).and_then(|at| prepare(&at, plan, ends));
+    let mut kept = vec![ends.sync.as_fd()];
+    if let ChildStdio::Streams { stdin, stdout, stderr } = &ends.stdio {
+        kept.extend([stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]);
+    }
+    kept.extend(keep);
+    let prepared = leave_agent(&kept).and_then(|()| enter()).and_then(|at| prepare(&at, plan, ends));
     let sync = ends.sync.as_fd();
     let ready = match &prepared {
         Ok(controller) => report(sync, &Ok(()), controller.as_ref()),
@@ -109,13 +121,8 @@ fn run(
 }
 
 /// Stops being a copy of the agent: its descriptors, signal settings and session.
-fn leave_agent(ends: &ChildEnds, keep: &[BorrowedFd<'_>]) -> Result<(), StepError> {
-    let mut kept = vec![ends.sync.as_fd()];
-    if let ChildStdio::Streams { stdin, stdout, stderr } = &ends.stdio {
-        kept.extend([stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]);
-    }
-    kept.extend(keep);
-    let kept = kept.iter().map(AsRawFd::as_raw_fd).chain(0..3);
+fn leave_agent(keep: &[BorrowedFd<'_>]) -> Result<(), StepError> {
+    let kept = keep.iter().map(AsRawFd::as_raw_fd).chain(0..3);
     let mut kept: Vec<u32> = kept.filter_map(|raw| raw.try_into().ok()).collect();
     for (from, to) in gaps(&mut kept) {
         sys::process::close_range(from, to).doing(|| "Cannot close the agent's descriptors")?;

@@ -3,7 +3,7 @@
 
 use std::ffi::CString;
 
-use krx_proto::{AgentError, ContainerSpec, Device, Mount, Namespace, validate_id};
+use krx_proto::{AgentError, ContainerSpec, Device, MOUNT_LIVE, MOUNT_SHM, Mount, Namespace, validate_id};
 use nix::sched::CloneFlags;
 
 use crate::device_filter::DeviceFilter;
@@ -11,6 +11,7 @@ use crate::error::invalid;
 use crate::limits::Limits;
 use crate::mount_options::{Bind, MountOptions};
 use crate::process::{ProcessPlan, c_string};
+use crate::{live, shm};
 
 /// Caps on a container's lists. A frame's size bounds them too, but every mount costs kernel memory that is charged to
 /// nobody.
@@ -62,6 +63,15 @@ pub(crate) enum MountKind {
         kind: CString,
         parameters: Vec<(CString, Option<CString>)>,
     },
+    /// The pod's shared memory, of that size if it is not there yet.
+    Shm {
+        size: u64,
+    },
+    /// A directory of the guest, of which the container has a copy at `copy`.
+    Live {
+        source: CString,
+        copy: CString,
+    },
 }
 
 impl ContainerPlan {
@@ -94,7 +104,7 @@ impl ContainerPlan {
             root: RootPlan {
                 path: c_string("rootfs", spec.rootfs)?,
                 readonly: spec.root_readonly,
-                mounts: mounts(spec.mounts)?,
+                mounts: mounts(&spec.id, spec.mounts)?,
                 masked: spec.masked_paths,
                 readonly_paths: spec.readonly_paths,
                 devices: devices(spec.devices)?,
@@ -146,7 +156,7 @@ fn devices(wanted: Vec<Device>) -> Result<Vec<Device>, AgentError> {
 
 /// The spec's mounts in their order; a container that brings no `/dev` gets one, for its device nodes must not be
 /// made in its image.
-fn mounts(wanted: Vec<Mount>) -> Result<Vec<MountPlan>, AgentError> {
+fn mounts(id: &str, wanted: Vec<Mount>) -> Result<Vec<MountPlan>, AgentError> {
     let is_dev = |mount: &Mount| mount.destination.trim_end_matches('/') == "/dev";
     let dev = Mount {
         destination: "/dev".into(),
@@ -155,23 +165,40 @@ fn mounts(wanted: Vec<Mount>) -> Result<Vec<MountPlan>, AgentError> {
         options: ["nosuid", "strictatime", "mode=755", "size=65536k"].map(String::from).into(),
     };
     let missing = if wanted.iter().any(is_dev) { None } else { Some(dev) };
-    missing.into_iter().chain(wanted).map(mount).collect()
+    let mut mounts = missing.into_iter().chain(wanted).enumerate();
+    mounts.try_fold(Vec::new(), |mut plans, (index, wanted)| {
+        let plan = mount(wanted, || live::place(id, index))?;
+        plans.push(plan);
+        Ok(plans)
+    })
 }
 
-fn mount(wanted: Mount) -> Result<MountPlan, AgentError> {
+/// `place` is where a copy goes, if it is a live volume.
+fn mount(wanted: Mount, place: impl FnOnce() -> String) -> Result<MountPlan, AgentError> {
     let Mount { destination, kind, source, options } = wanted;
     check_absolute("mounts: destination", &destination)?;
     let mut options = MountOptions::parse(&options);
     let parameters = std::mem::take(&mut options.parameters);
     let bind = if kind == "bind" { options.bind.or(Some(Bind { recursive: false })) } else { options.bind };
-    let what = if let Some(Bind { recursive }) = bind {
+    let is_live = kind == MOUNT_LIVE;
+    let what = if kind == MOUNT_SHM {
+        MountKind::Shm { size: shm::size(&parameters)? }
+    } else if is_live || bind.is_some() {
         check_absolute("mounts: source", &source)?;
         if let Some((name, _)) = parameters.first() {
             return Err(invalid(format_args!(
                 "mounts: a bind mount has no option {name:?} (destination {destination})"
             )));
         }
-        MountKind::Bind { source: c_string("mounts: source", source)?, recursive }
+        let source = c_string("mounts: source", source)?;
+        if is_live {
+            // What is written into a copy would be lost at the next change of the volume.
+            options.attributes.set |= libc::MOUNT_ATTR_RDONLY;
+            options.attributes.clear &= !libc::MOUNT_ATTR_RDONLY;
+            MountKind::Live { source, copy: c_string("id", place())? }
+        } else {
+            MountKind::Bind { source, recursive: bind.is_some_and(|bind| bind.recursive) }
+        }
     } else {
         file_system(&kind, source, parameters)?
     };
@@ -292,6 +319,21 @@ mod tests {
             let expected = MountKind::Bind { source: c"/s".into(), recursive };
             assert_eq!(plan.root.mounts[1].what, expected);
         }
+    }
+
+    #[test]
+    fn the_two_kinds_of_krx_are_bounded() {
+        let plan = ContainerPlan::new(mounted("shm", "shm", &["rbind", "rprivate", "size=4096"])).unwrap();
+        assert_eq!(plan.root.mounts[1].what, MountKind::Shm { size: 4096 });
+        refused(mounted("shm", "shm", &["size=x"]), "mounts:");
+        refused(mounted("shm", "shm", &["mode=777"]), "mounts:");
+        let plan = ContainerPlan::new(mounted("live", "/s", &["rbind", "rw"])).unwrap();
+        let copy = CString::new(format!("/run/krx/live/{}-1", spec().id)).unwrap();
+        assert_eq!(plan.root.mounts[1].what, MountKind::Live { source: c"/s".into(), copy });
+        let attributes = plan.root.mounts[1].options.attributes;
+        assert_eq!((attributes.set, attributes.clear), (libc::MOUNT_ATTR_RDONLY, 0));
+        refused(mounted("live", "rel", &[]), "mounts: source:");
+        refused(mounted("live", "/s", &["size=1"]), "mounts:");
     }
 
     #[test]

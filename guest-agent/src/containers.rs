@@ -8,21 +8,23 @@ use std::path::Path;
 
 use krx_proto::{
     AgentError, Answer, ContainerSpec, ErrorKind, ExitStatus, ProcessInfo, ProcessSpec, ProcessState,
-    Request, Resources, Stats, StreamHello, TerminalSize, validate_id,
+    Request, Resources, Stats, StreamHello, TerminalSize, validate_id, validate_live_target,
 };
 use nix::sched::{CloneFlags, setns};
 
 use crate::cgroup::{self, Cgroup};
 use crate::child;
-use crate::container::ContainerPlan;
+use crate::container::{ContainerPlan, MountKind, RootPlan};
 use crate::error::{Doing, StepError, invalid};
 use crate::forked::{Process, fork};
 use crate::freezer::Freezer;
 use crate::lifecycle::{Caller, Next, Reply, wrong_state};
 use crate::limits::Limits;
+use crate::live::{Refreshes, Replica};
 use crate::oom::OomWatch;
 use crate::process::ProcessPlan;
 use crate::relay::Relay;
+use crate::shm::SharedMemory;
 use crate::stats;
 use crate::sys;
 
@@ -38,6 +40,8 @@ const SIGNALS: std::ops::RangeInclusive<i32> = 0..=64;
 pub(crate) struct Containers {
     containers: BTreeMap<String, Container>,
     replies: Vec<Reply>,
+    shared_memory: SharedMemory,
+    refreshes: Refreshes,
     /// Finds the way back to the agent's own PID namespace.
     own: OwnedFd,
 }
@@ -48,6 +52,8 @@ struct Container {
     cgroup: Cgroup,
     oom: OomWatch,
     freezer: Freezer,
+    /// Copies of its live volumes.
+    replicas: Vec<Replica>,
     /// The first process, whose namespaces are the container's.
     first: OwnedFd,
     /// By id; the first process has the empty one.
@@ -57,7 +63,13 @@ struct Container {
 impl Containers {
     pub(crate) fn new() -> Result<Self, StepError> {
         let own = sys::process::own_pidfd().doing(|| "Cannot open the agent's own pidfd")?;
-        Ok(Self { containers: BTreeMap::new(), replies: Vec::new(), own })
+        Ok(Self {
+            containers: BTreeMap::new(),
+            replies: Vec::new(),
+            shared_memory: SharedMemory::default(),
+            refreshes: Refreshes::new()?,
+            own,
+        })
     }
 
     /// Carries out a call. Its reply is in [`Self::replies`], at once or some day.
@@ -77,6 +89,7 @@ impl Containers {
             Request::WaitOom { container, seen } => self.wait_oom(caller, &container, seen),
             Request::Pids { container } => self.pids(&container).map(Some),
             Request::Freeze { container, frozen } => self.freeze(caller, &container, frozen),
+            Request::Refresh { path, target } => self.refresh(caller, path, &target),
             Request::Update { container, resources } => self.update(&container, *resources).map(Some),
             // The server's own: it ends all of this.
             Request::Shutdown => Ok(Some(Answer::Done)),
@@ -146,7 +159,10 @@ impl Containers {
             let next = if process.orphaned { Next::Forget } else { next };
             Some((id.clone(), name.clone(), next))
         });
-        let Some((id, name, next)) = found else { return };
+        let Some((id, name, next)) = found else {
+            self.replies.extend(self.refreshes.reaped(pid));
+            return;
+        };
         let forget = next == Next::Forget;
         if name.is_empty() {
             if forget {
@@ -199,6 +215,7 @@ impl Containers {
             return Err(failed(format_args!("{MAX_CONTAINERS} containers exist already")));
         }
         self.check_process_count()?;
+        let replicas = self.prepare_mounts(&plan.root)?;
         let cgroup = Cgroup::create(&id)?;
         // The cgroup namespace is the child's to make, when it is in its cgroup.
         let at_fork = plan.namespaces & !CloneFlags::CLONE_NEWCGROUP;
@@ -216,6 +233,7 @@ impl Containers {
                     oom: OomWatch::new(cgroup.path()),
                     freezer: Freezer::new(cgroup.path()),
                     cgroup,
+                    replicas,
                     first,
                     processes,
                 };
@@ -227,6 +245,19 @@ impl Containers {
                 Err(error.into())
             }
         }
+    }
+
+    /// Makes what a container's mounts have to find: it is the agent's, to be there for others or longer.
+    fn prepare_mounts(&mut self, root: &RootPlan) -> Result<Vec<Replica>, StepError> {
+        let mut replicas = Vec::new();
+        for mount in &root.mounts {
+            match &mount.what {
+                MountKind::Shm { size } => self.shared_memory.provide(*size)?,
+                MountKind::Live { source, copy } => replicas.push(Replica::mount(source, copy)?),
+                MountKind::Bind { .. } | MountKind::FileSystem { .. } => {}
+            }
+        }
+        Ok(replicas)
     }
 
     fn exec(
@@ -352,6 +383,30 @@ impl Containers {
         container.freezer.set(caller, frozen, &mut self.replies).map(|()| None)
     }
 
+    fn refresh(&mut self, caller: Caller, path: String, target: &str) -> Result<Option<Answer>, AgentError> {
+        if !validate_live_target(target) {
+            return Err(invalid(format_args!("target: {target:?} is not where ..data can lead to")));
+        }
+        let (mut found, mut stale) = (false, Vec::new());
+        for container in self.containers.values() {
+            for replica in container.replicas.iter().filter(|replica| replica.is_of(&path)) {
+                if container.is_being_made() {
+                    return Err(wrong_state("The first copy of the volume is being made"));
+                }
+                found = true;
+                stale.extend(Some(replica.path().to_path_buf()).filter(|_| replica.is_stale(target)));
+            }
+        }
+        if !found {
+            let message = format_args!("No container has the live volume {path:?}");
+            return Err(AgentError::new(ErrorKind::NotFound, message));
+        }
+        if stale.is_empty() {
+            return Ok(Some(Answer::Done));
+        }
+        self.refreshes.begin(caller, path, &stale, target).map(|()| None)
+    }
+
     fn delete(&mut self, container_id: &str, id: &str) -> Result<Answer, AgentError> {
         let container = find(&mut self.containers, container_id)?;
         if !container.process(id)?.life.has_exited() {
@@ -398,6 +453,11 @@ impl Containers {
 }
 
 impl Container {
+    /// The first process is on its way into the container, whose file systems are being made.
+    fn is_being_made(&self) -> bool {
+        self.processes.get("").is_some_and(|first| first.life.is_waiting() && !first.life.is_in_place())
+    }
+
     fn check_running(&self) -> Result<(), AgentError> {
         match self.processes.get("") {
             Some(first) if first.life.is_in_place() => Ok(()),

@@ -8,10 +8,12 @@
 //! The guest's own root is the initramfs, from which pivot_root(2) is not possible. So the guest's mounts are taken
 //! out of the namespace, and the container's root is mounted over what is left, as the namespace's root.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, OsStr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
-use krx_proto::{Device, DeviceKind};
+use krx_proto::{AgentError, Device, DeviceKind};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, open, openat, openat2, readlinkat};
 use nix::mount::{MntFlags, umount2};
@@ -24,6 +26,7 @@ use crate::sys::mount::{
     AttributeChange, attach, clone_tree, create_file_system, mount_file_system, open_file_system,
     set_attributes, set_parameter,
 };
+use crate::{guest, replica, shm};
 
 /// The guest's own mounts, which a container must not find beneath its root.
 const GUEST_MOUNTS: [&str; 3] = ["/run", "/sys", "/proc"];
@@ -145,10 +148,28 @@ fn open_guest(path: &CStr) -> nix::Result<OwnedFd> {
 
 /// A bind mount's source, detached; to be taken before the guest's paths are out of reach.
 fn source(plan: &MountPlan) -> Result<Option<OwnedFd>, StepError> {
-    let MountKind::Bind { source, recursive } = &plan.what else { return Ok(None) };
+    let (source, recursive) = match &plan.what {
+        MountKind::FileSystem { .. } => return Ok(None),
+        MountKind::Bind { source, recursive } => (source.as_c_str(), *recursive),
+        MountKind::Shm { .. } => (shm::PATH, false),
+        MountKind::Live { source, copy } => (live_source(source, copy), false),
+    };
     let doing = || format!("Cannot bind {} to {}", source.to_string_lossy(), plan.destination);
     let place = open_guest(source).doing(doing)?;
-    clone_tree(place.as_fd(), c"", *recursive).map(Some).doing(doing)
+    clone_tree(place.as_fd(), c"", recursive).map(Some).doing(doing)
+}
+
+/// What a container gets of a live volume: its copy, or the volume itself where none can be made of it. That is as
+/// up to date, and only tells no watcher.
+fn live_source<'a>(volume: &'a CStr, copy: &'a CStr) -> &'a CStr {
+    let path = |text: &'a CStr| Path::new(OsStr::from_bytes(text.to_bytes()));
+    match replica::fill(path(volume), path(copy)) {
+        Ok(()) => copy,
+        Err(error) => {
+            guest::log(AgentError::from(error));
+            volume
+        }
+    }
 }
 
 fn enter_root(path: &CStr) -> Result<Root, StepError> {
@@ -177,7 +198,7 @@ fn mount_one(root: &Root, plan: &MountPlan, source: Option<OwnedFd>) -> Result<(
             let parameters = parameters.iter().map(|(name, value)| (name.as_c_str(), value.as_deref()));
             file_system(kind, parameters, doing)?
         }
-        (None, MountKind::Bind { .. }) => return Err(StepError::new(doing(), Errno::EINVAL)),
+        (None, _) => return Err(StepError::new(doing(), Errno::EINVAL)),
     };
     let mut attributes = options.attributes;
     if is_late_read_only(plan) {
@@ -312,6 +333,8 @@ impl MountKind {
         match self {
             Self::Bind { source, .. } => source.to_string_lossy().into_owned(),
             Self::FileSystem { kind, .. } => kind.to_string_lossy().into_owned(),
+            Self::Shm { .. } => "the pod's shared memory".into(),
+            Self::Live { source, .. } => source.to_string_lossy().into_owned(),
         }
     }
 }

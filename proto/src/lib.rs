@@ -30,8 +30,8 @@ pub use message::{
 };
 pub use resources::{CpuMax, Limit, Resources, UNIFIED};
 pub use spec::{
-    Capabilities, ContainerSpec, MAX_SECCOMP, Mount, Namespace, ProcessSpec, Rlimit, SeccompFilter,
-    SeccompInstruction, TerminalSize, User, validate_id,
+    Capabilities, ContainerSpec, MAX_SECCOMP, MOUNT_LIVE, MOUNT_SHM, Mount, Namespace, ProcessSpec, Rlimit,
+    SeccompFilter, SeccompInstruction, TerminalSize, User, validate_id, validate_live_target,
 };
 pub use stats::{
     CpuStats, GuestMemory, GuestStats, InterfaceStats, IoStats, MemoryEvents, MemoryStats, PidsStats, Stats,

@@ -69,6 +69,9 @@ pub enum Request {
     Pids { container: String },
     /// Stops every process of a container where it is, or lets all go on. Answered when that is the case.
     Freeze { container: String, frozen: bool },
+    /// Brings the copies of a live volume (see [`Mount`](crate::Mount)) up to date: those of the share's directory
+    /// `path`, whose `..data` leads to `target` now. Answered when readers in containers see it.
+    Refresh { path: String, target: String },
 }
 
 /// What a successful call returns.

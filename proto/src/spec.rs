@@ -33,18 +33,29 @@ pub struct ContainerSpec {
     pub process: ProcessSpec,
 }
 
-/// One mount, in OCI's own terms.
+/// One mount, in OCI's own terms; two kinds are krx's:
+///
+/// * [`MOUNT_SHM`]: the tmpfs that all containers of the pod have in common, for `/dev/shm`. An option `size=`, of the
+///   first such mount of the pod, is its size.
+/// * [`MOUNT_LIVE`]: a volume of files that the host replaces while the container runs, by way of a `..data` link as
+///   the kubelet does. The container sees a copy of it, which is brought up to date by
+///   [`Request::Refresh`](crate::Request::Refresh).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mount {
     /// Absolute path in the container.
     pub destination: String,
     /// File system type; `bind` for bind mounts.
     pub kind: String,
-    /// Device, or for bind mounts a path of the guest.
+    /// Device, or for bind mounts and live volumes a path of the guest.
     pub source: String,
     /// Options as in `config.json`: flags by name (`ro`, `nosuid`, ...), the rest is the file system's data.
     pub options: Vec<String>,
 }
+
+/// Kind of a mount of the pod's shared memory.
+pub const MOUNT_SHM: &str = "shm";
+/// Kind of a mount of a live volume.
+pub const MOUNT_LIVE: &str = "live";
 
 /// Namespaces a container can have of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -138,6 +149,15 @@ pub fn validate_id(id: &str) -> bool {
     (1..=MAX_ID).contains(&id.len()) && !id.starts_with(['.', '-']) && id.bytes().all(allowed)
 }
 
+/// Whether the link `..data` of a live volume may lead to `name`: one step, hidden from the volume's readers, and not a
+/// name of the link itself.
+#[must_use]
+pub fn validate_live_target(name: &str) -> bool {
+    const MAX_NAME: usize = 255;
+    let is_one = name.len() <= MAX_NAME && !name.contains(['/', '\0']);
+    is_one && name.len() > 2 && name.starts_with("..") && !name.starts_with("..data")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -148,5 +168,14 @@ mod tests {
             assert!(!validate_id(bad), "{bad:?}");
         }
         assert!(validate_id("web-1_a.b"));
+    }
+
+    #[test]
+    fn targets_that_could_leave_their_volume_are_refused() {
+        for bad in ["", ".", "..", "x", ".x", "../x", "..x/y", "..data", "..data_tmp", "..\0", "/..x"] {
+            assert!(!validate_live_target(bad), "{bad:?}");
+        }
+        assert!(!validate_live_target(&format!("..{}", "x".repeat(254))));
+        assert!(validate_live_target("..2026_11_24_23_15_28.123456789") && validate_live_target("..x"));
     }
 }

@@ -7,6 +7,7 @@
 
 mod devices;
 mod namespaces;
+mod pod_mounts;
 mod process;
 mod resources;
 mod seccomp;
@@ -138,7 +139,7 @@ fn read_bundle(name: &str, directory: &Path, pod: Option<&PodNamespaces>) -> Res
         Container::new(container, &directory.join(root.path()), pod.map_or("", |pod| &pod.share_prefix))
             .map_err(BundleError::Container)?;
     for (index, mount) in spec.mounts().iter().flatten().enumerate() {
-        add_mount(&mut container, directory, &format!("mounts[{index}]"), mount)?;
+        add_mount(&mut container, directory, &format!("mounts[{index}]"), mount, pod.is_some())?;
     }
     Ok(container)
 }
@@ -256,6 +257,7 @@ fn add_mount(
     bundle: &Path,
     field: &str,
     wanted: &oci_spec::runtime::Mount,
+    in_pod: bool,
 ) -> Result<(), BundleError> {
     let options = wanted.options().clone().unwrap_or_default();
     let mapped = wanted.uid_mappings().is_some() || wanted.gid_mappings().is_some();
@@ -281,8 +283,12 @@ fn add_mount(
             path: path.clone(),
             source,
         })?;
-        let source = container.share(source, is_read_only(&options));
-        Mount { destination, kind: "bind".into(), source, options }
+        let mount = Mount { destination, kind: "bind".into(), source: String::new(), options };
+        let replacement = if in_pod { pod_mounts::replacement(container, &mount, &source) } else { None };
+        replacement.unwrap_or_else(|| {
+            let source = container.share(source, is_read_only(&mount.options));
+            Mount { source, ..mount }
+        })
     } else if FILE_SYSTEMS.contains(&kind.as_str()) {
         Mount { destination, source: source.to_string_lossy().into_owned(), kind, options }
     } else {
@@ -548,6 +554,34 @@ mod tests {
         ] {
             read_value(&with(pointer, value)).unwrap_or_else(|error| panic!("{pointer}: {error}"));
         }
+    }
+
+    #[test]
+    fn volumes_that_change_are_copied_in_pods_alone() {
+        let scratch = Scratch::new("bundle");
+        scratch.write("rootfs/bin/sh", b"");
+        scratch.write("volume/..1/key", b"x");
+        std::os::unix::fs::symlink("..1", scratch.path().join("volume/..data")).unwrap();
+        let mut config = pod_container();
+        config["mounts"].as_array_mut().unwrap().push(
+            json!({"destination": "/config", "type": "bind", "source": "volume", "options": ["rbind", "rprivate", "ro"]}),
+        );
+        scratch.write("config.json", config.to_string().as_bytes());
+        let paths = ["/proc/7/ns/ipc", "/proc/7/ns/uts", "/proc/7/ns/net"].map(PathBuf::from).into();
+        let pod = PodNamespaces { paths, ..PodNamespaces::default() };
+        let mut container = read_in_pod("web", scratch.path(), &pod).unwrap();
+        let mount = container.spec.mounts.last().unwrap().clone();
+        let entry = container.shared().last().unwrap().clone();
+        assert_eq!((mount.kind.as_str(), mount.source), ("live", format!("/run/krx/share/{}", entry.name)));
+        assert!(entry.read_only && entry.source.ends_with("volume"));
+        // A mount point is made for it as for any directory.
+        container.spec.root_readonly = true;
+        container.finish().unwrap();
+        assert!(scratch.path().join("rootfs/config").is_dir());
+        config["linux"]["namespaces"] =
+            json!([{"type": "pid"}, {"type": "uts"}, {"type": "ipc"}, {"type": "mount"}]);
+        scratch.write("config.json", config.to_string().as_bytes());
+        assert_eq!(read("web", scratch.path()).unwrap().spec.mounts.last().unwrap().kind, "bind");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! makes the VM for such, within the node's [`settings`], the files of later ones being put into its [`share`]: it takes a
 //! name ([`state_dir`]), finds what to boot ([`artifacts`]), spawns the VMM
 //! ([`vmm_process`]) and talks to the agent in the guest ([`agent`]). Its verbs are create, start, exec, kill, delete
-//! and wait; a [`process::Process`] is what they act on, and [`streams`] carry its bytes.
+//! and wait; a [`process::Process`] is what they act on, and [`streams`] carry its bytes. The volumes that the kubelet changes meanwhile are [`live_volumes`].
 //!
 //! Knows neither command lines nor containerd, and nothing of how a VM works inside.
 
@@ -17,6 +17,7 @@ pub mod capability;
 pub mod container;
 pub mod default_spec;
 mod image_file;
+pub mod live_volumes;
 mod mount_points;
 pub mod pod;
 pub mod preflight;
