@@ -21,6 +21,7 @@ use crate::freezer::Freezer;
 use crate::lifecycle::{Caller, Next, Reply, wrong_state};
 use crate::limits::Limits;
 use crate::live::{Refreshes, Replica};
+use crate::network;
 use crate::oom::OomWatch;
 use crate::process::ProcessPlan;
 use crate::relay::Relay;
@@ -91,6 +92,7 @@ impl Containers {
             Request::Freeze { container, frozen } => self.freeze(caller, &container, frozen),
             Request::Refresh { path, target } => self.refresh(caller, path, &target),
             Request::Update { container, resources } => self.update(&container, *resources).map(Some),
+            Request::Network(spec) => network::apply(&spec).map(|()| Some(Answer::Done)),
             // The server's own: it ends all of this.
             Request::Shutdown => Ok(Some(Answer::Done)),
         };

@@ -2,7 +2,7 @@
 //!
 //! One thread and one loop ([`server`]), which gives a child per process all work that could block: `child` and `rootfs`
 //! run there. Everything that can be judged without touching the system is judged before ([`container`], [`process`]).
-//! Nothing here knows of images, pods or networks: the host prepares them.
+//! Nothing here knows of images, or of what is behind a network interface: the host prepares them.
 
 mod cgroup;
 mod child;
@@ -20,6 +20,8 @@ mod lifecycle;
 mod limits;
 mod live;
 mod mount_options;
+mod netlink;
+mod network;
 mod oom;
 mod power;
 mod process;

@@ -18,6 +18,7 @@
 mod devices;
 mod frame;
 mod message;
+mod network;
 mod resources;
 mod spec;
 mod stats;
@@ -27,6 +28,10 @@ pub use frame::{FrameError, MAX_FRAME, decode, encode, read_frame, take_frame, w
 pub use message::{
     AgentError, Answer, Call, ErrorKind, ExitStatus, GuestInfo, MAX_PIDS, Message, ProcessInfo, ProcessState,
     Request, Stream, StreamHello,
+};
+pub use network::{
+    InterfaceAddress, MAX_NETWORK_ENTRIES, MAX_NETWORK_INTERFACES, Neighbour, NetworkInterface, NetworkSpec,
+    Route, RouteKind, validate_interface_name,
 };
 pub use resources::{CpuMax, Limit, Resources, UNIFIED};
 pub use spec::{

@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::network::NetworkSpec;
 use crate::resources::Resources;
 use crate::spec::{ContainerSpec, ProcessSpec, TerminalSize};
 use crate::stats::Stats;
@@ -72,6 +73,8 @@ pub enum Request {
     /// Brings the copies of a live volume (see [`Mount`](crate::Mount)) up to date: those of the share's directory
     /// `path`, whose `..data` leads to `target` now. Answered when readers in containers see it.
     Refresh { path: String, target: String },
+    /// Gives the guest the network of the pod; once, before containers are made that are to find it.
+    Network(Box<NetworkSpec>),
 }
 
 /// What a successful call returns.
