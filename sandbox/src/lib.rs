@@ -2,13 +2,14 @@
 //!
 //! A [`container::Container`] says what shall run, from a bare root file system or an OCI [`bundle`]. A [`pod::Pod`]
 //! makes the VM for such, within the node's [`settings`], the files of later ones being put into its [`share`]: it takes a
-//! name ([`state_dir`]), finds what to boot ([`artifacts`]), spawns the VMM
-//! ([`vmm_process`]) and talks to the agent in the guest ([`agent`]). Its verbs are create, start, exec, kill, delete
-//! and wait; a [`process::Process`] is what they act on, and [`streams`] carry its bytes. The volumes that the kubelet changes meanwhile are [`live_volumes`].
+//! name ([`state_dir`]), finds what to boot ([`artifacts`]), spawns the VMM ([`vmm_process`]) with the interfaces of its
+//! [`network`], and talks to the agent in the guest ([`agent`]). Its verbs are create, start, exec, kill, delete and wait; a
+//! [`process::Process`] is what they act on, and [`streams`] carry its bytes. The volumes that the kubelet changes
+//! meanwhile are [`live_volumes`].
 //!
 //! Knows neither command lines nor containerd, and nothing of how a VM works inside.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod agent;
 pub mod artifacts;
@@ -19,6 +20,7 @@ pub mod default_spec;
 mod image_file;
 pub mod live_volumes;
 mod mount_points;
+pub mod network;
 pub mod pod;
 pub mod preflight;
 pub mod process;
@@ -26,6 +28,7 @@ pub mod settings;
 pub mod share;
 pub mod state_dir;
 pub mod streams;
+mod sys;
 #[cfg(test)]
 mod testing;
 pub mod timings;
