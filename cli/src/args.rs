@@ -79,6 +79,9 @@ pub(crate) struct Run {
     /// Name of the pod
     #[arg(long, value_name = "NAME")]
     pub(crate) name: Option<String>,
+    /// File of the network namespace whose interfaces the pod gets (no network unless given)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) netns: Option<PathBuf>,
     /// Guest kernel: a vmlinux or a bzImage
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,

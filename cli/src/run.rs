@@ -32,6 +32,11 @@ pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
     let signals = Signals::watch()?;
     let create = || -> Result<_, PodError> {
         let pod = Pod::boot(&root, config, &timings, |vmm| signals.booting(vmm))?;
+        if pod.network().is_some_and(|network| network.interfaces().next().is_none()) {
+            eprintln!(
+                "krx: warning: the network namespace has no interface that is up but lo: the pod has no network"
+            );
+        }
         let process = pod.create(&container.spec)?;
         timings.mark("container created");
         pod.publish(&container, exec)?;
@@ -83,6 +88,7 @@ fn plan(arguments: &Run) -> Result<(PodConfig, Container, ExecBase), CliError> {
         console: arguments.console || settings.vm.console,
         boot_timeout: boot_timeout(settings.vm.boot_timeout)?,
         share: container.shared().to_vec(),
+        netns: arguments.netns.clone(),
     };
     Ok((config, container, exec))
 }

@@ -2,15 +2,17 @@
 
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use krx_proto::{ContainerSpec, GuestInfo, Request};
+use krx_vmm::config::interface::Interface;
 use krx_vmm::config::{Config, ConfigError, Share, ShareEntry};
 
-use crate::agent::{AgentClient, CallError};
+use crate::agent::{AgentClient, CallError, Pending};
 use crate::artifacts::Artifacts;
 use crate::container::Container;
+use crate::network::{Network, NetworkError};
 use crate::process::Process;
 use crate::settings::units::KernelArgs;
 use crate::state_dir::{ExecBase, PodPaths, PodState, StateDir, StateError, StateRoot};
@@ -29,6 +31,10 @@ pub enum PodError {
     State(#[source] StateError),
     #[error("Size of the pod cannot be")]
     Config(#[source] ConfigError),
+    #[error("Pod cannot have the network it is to have")]
+    Network(#[source] NetworkError),
+    #[error("Guest cannot have the network of its pod")]
+    GuestNetwork(#[source] CallError),
     #[error("Cannot listen for the agent on {path}")]
     Listen {
         path: PathBuf,
@@ -70,14 +76,19 @@ pub struct PodConfig {
     pub boot_timeout: Duration,
     /// What is shared with the guest from its start.
     pub share: Vec<ShareEntry>,
+    /// File of the network namespace whose interfaces the pod gets; without, it has no network.
+    pub netns: Option<PathBuf>,
 }
 
 /// A running pod.
 #[derive(Debug)]
 pub struct Pod {
-    // In this order when dropped: the connection, the VM, its directory.
+    // In this order when dropped: the connection, the VM, its network, its directory.
     agent: Arc<AgentClient>,
     vmm: Arc<VmmProcess>,
+    network: Option<Network>,
+    /// What the guest says of its network, until somebody has heard it.
+    network_made: Mutex<Option<Pending>>,
     directory: StateDir,
     vcpus: u32,
     memory_mib: u64,
@@ -96,14 +107,17 @@ impl Pod {
     ) -> Result<Self, PodError> {
         let PodConfig { vcpus, memory_mib, boot_timeout, .. } = config;
         let directory = root.create(&config.name).map_err(PodError::State)?;
+        let network = config.netns.as_deref().map(Network::attach).transpose().map_err(PodError::Network)?;
         let program = config.artifacts.vmm.clone();
         let paths = directory.paths();
-        let vmm_config = vmm_config(config, &paths);
+        let interfaces: Vec<_> = network.iter().flat_map(Network::interfaces).collect();
+        let vmm_config = vmm_config(config, &paths, interfaces.iter().map(Interface::from).collect());
         vmm_config.clone().validate().map_err(PodError::Config)?;
         let path = paths.agent_listener();
         let listener =
             UnixListener::bind(&path).map_err(|source| PodError::Listen { path: path.clone(), source })?;
-        let launch = Launch { program: &program, config: vmm_config, lock: directory.lock() };
+        let taps: Vec<_> = interfaces.iter().map(|interface| interface.tap).collect();
+        let launch = Launch { program: &program, config: vmm_config, lock: directory.lock(), taps: &taps };
         timings.mark("vmm spawned");
         let vmm = Arc::new(VmmProcess::spawn(launch).map_err(PodError::Spawn)?);
         spawned(&vmm);
@@ -112,7 +126,11 @@ impl Pod {
         // Others may hold the VMM, too: it has to be gone before its directory is, which may be another pod's then.
         let agent = agent.inspect_err(|_| vmm.kill_and_wait())?;
         timings.mark("agent ready");
-        Ok(Self { agent: Arc::new(agent), vmm, directory, vcpus, memory_mib })
+        let wanted = network.as_ref().map(Network::guest).filter(|guest| !guest.interfaces.is_empty());
+        let made = wanted.map(|guest| agent.send(Request::Network(Box::new(guest.clone()))));
+        // A connection that is gone shows in the next call, with what became of the VM.
+        let network_made = Mutex::new(made.and_then(Result::ok));
+        Ok(Self { agent: Arc::new(agent), vmm, network, network_made, directory, vcpus, memory_mib })
     }
 
     /// Makes a container, whose first process is stopped before its exec. What it shares is in the share already.
@@ -121,7 +139,11 @@ impl Pod {
     /// The agent refuses, or is gone.
     pub fn create(&self, container: &ContainerSpec) -> Result<Process, PodError> {
         let create = Request::Create(Box::new(container.clone()));
-        let created = self.agent.send(create).and_then(|pending| pending.answer());
+        let sent = self.agent.send(create);
+        let network = self.network_made.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // The first container is on its way meanwhile: most networks can be had.
+        network.map_or(Ok(()), Pending::done).map_err(|error| self.explain(error, PodError::GuestNetwork))?;
+        let created = sent.and_then(Pending::answer);
         created.map_err(|error| self.explain(error, PodError::Create))?;
         Ok(self.process(&container.id, ""))
     }
@@ -151,6 +173,12 @@ impl Pod {
             exec,
         };
         self.directory.publish(&state).map_err(PodError::State)
+    }
+
+    /// The pod's network, if it is to have one.
+    #[must_use]
+    pub fn network(&self) -> Option<&Network> {
+        self.network.as_ref()
     }
 
     /// The connection to the agent.
@@ -212,7 +240,7 @@ impl Drop for Pod {
     }
 }
 
-fn vmm_config(config: PodConfig, paths: &PodPaths) -> Config {
+fn vmm_config(config: PodConfig, paths: &PodPaths, net: Vec<Interface>) -> Config {
     Config {
         kernel: config.artifacts.kernel,
         initramfs: Some(config.artifacts.initramfs),
@@ -222,7 +250,7 @@ fn vmm_config(config: PodConfig, paths: &PodPaths) -> Config {
         console: config.console,
         share: Some(Share { root: paths.share(), entries: config.share }),
         vsock: Some(paths.vsock()),
-        net: Vec::new(),
+        net,
         control: Some(paths.control()),
         lifeline_fd: None,
         state_dir: Some(paths.directory().into()),

@@ -108,6 +108,8 @@ pub struct Launch<'a> {
     pub config: Config,
     /// The pod's locked file, inherited by the VMM.
     pub lock: BorrowedFd<'a>,
+    /// Those that the configuration names, inherited, too.
+    pub taps: &'a [BorrowedFd<'a>],
 }
 
 /// A running VMM. Dropping it kills it.
@@ -154,7 +156,8 @@ impl VmmProcess {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .process_group(0);
-        let mut child = spawn_with(&mut command, &[lifeline_end.as_fd(), launch.lock]).map_err(failed)?;
+        let inherited = [&[lifeline_end.as_fd(), launch.lock], launch.taps].concat();
+        let mut child = spawn_with(&mut command, &inherited).map_err(failed)?;
         let pid = Pid::from_raw(i32::try_from(child.id()).unwrap_or(i32::MAX));
         let stderr = child.stderr.take();
         let event = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
@@ -412,7 +415,7 @@ mod tests {
         let mut config = Config::from_json(br#"{"kernel":"/k","memory_mib":128,"vcpus":1}"#).unwrap();
         config.control = Some(scratch.path().join("vmm.sock"));
         let lock = File::create(scratch.path().join("lock")).unwrap();
-        VmmProcess::spawn(Launch { program: &program, config, lock: lock.as_fd() }).unwrap()
+        VmmProcess::spawn(Launch { program: &program, config, lock: lock.as_fd(), taps: &[] }).unwrap()
     }
 
     fn end(vmm: &VmmProcess) -> (VmmExit, String) {
@@ -490,7 +493,8 @@ mod tests {
         let scratch = Scratch::new("vmm");
         let config = Config::from_json(br#"{"kernel":"/k","memory_mib":128,"vcpus":1}"#).unwrap();
         let lock = File::create(scratch.path().join("lock")).unwrap();
-        let launch = Launch { program: Path::new("/nonexistent/krx-vmm"), config, lock: lock.as_fd() };
+        let launch =
+            Launch { program: Path::new("/nonexistent/krx-vmm"), config, lock: lock.as_fd(), taps: &[] };
         let error = VmmProcess::spawn(launch).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/krx-vmm"));
     }

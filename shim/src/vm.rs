@@ -78,6 +78,7 @@ impl Vm {
             console: size.console,
             boot_timeout: settings.vm.boot_timeout,
             share: Vec::new(),
+            netns: config.netns.clone(),
         };
         let pod = Pod::boot(&StateRoot::from_env(), pod_config, &Timings::default(), |_| ())?;
         Ok(Self {

@@ -31,7 +31,10 @@ NEEDS = {
 KERNEL_METAPACKAGE = "linux-image-6.12-cloud-amd64"
 
 # Loaded at boot. The order among them does not matter, their dependencies are added in front.
-MODULES = ["kvm-amd", "tun", "vhost_vsock", "vhost_net", "overlay", "veth", "bridge"]
+MODULES = [
+    *["kvm-amd", "tun", "vhost_vsock", "vhost_net", "overlay"],
+    *["veth", "bridge", "sch_ingress", "cls_matchall", "act_mirred"],
+]
 
 MAKE_IT_FRESH = "remove {} to make it again"
 

@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod guest;
 pub mod image;
+pub mod lan;
 pub mod pod;
 pub mod scratch;
 

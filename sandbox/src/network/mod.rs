@@ -14,11 +14,12 @@ mod traffic;
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::thread;
 
 use krx_proto::{MAX_NETWORK_ENTRIES, MAX_NETWORK_INTERFACES, NetworkSpec};
+use krx_vmm::config::interface::Interface;
 use nix::sched::{CloneFlags, setns};
 
 use self::netlink::Netlink;
@@ -79,6 +80,13 @@ pub struct VmInterface<'a> {
     pub tap: BorrowedFd<'a>,
     pub mac: [u8; 6],
     pub mtu: u32,
+}
+
+impl From<&VmInterface<'_>> for Interface {
+    fn from(VmInterface { tap, mac, mtu }: &VmInterface<'_>) -> Self {
+        let mac: Vec<_> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
+        Self { tap_fd: tap.as_raw_fd(), mac: mac.join(":"), mtu: *mtu }
+    }
 }
 
 impl Network {
