@@ -1,9 +1,9 @@
-//! A stream connection that has not said yet which stream it is. Not a byte beyond the hello is read here: what follows
+//! A connection that has not said yet what it is for. Not a byte beyond the hello is read here: what follows
 //! is the stream's.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use krx_proto::{StreamHello, decode};
+use krx_proto::{DeserializeOwned, decode};
 use nix::errno::Errno;
 use nix::unistd::read;
 
@@ -19,10 +19,10 @@ pub(crate) struct Greeting {
 
 /// How far a greeting is.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Said {
+pub(crate) enum Said<T> {
     /// Not everything yet.
     More,
-    Hello(StreamHello),
+    Hello(T),
     /// Closed, or no hello.
     Nonsense,
 }
@@ -41,7 +41,7 @@ impl Greeting {
     }
 
     /// Reads what is there of the hello.
-    pub(crate) fn advance(&mut self) -> Said {
+    pub(crate) fn advance<T: DeserializeOwned>(&mut self) -> Said<T> {
         loop {
             let Some(whole) = self.length() else { return Said::Nonsense };
             if self.received.len() == whole {
@@ -67,7 +67,7 @@ impl Greeting {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use krx_proto::{Stream, encode};
+    use krx_proto::{Stream, StreamHello, encode};
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
@@ -87,7 +87,7 @@ mod tests {
         let mut wire = encode(&hello()).unwrap();
         wire.extend_from_slice(b"data");
         for byte in &wire[..5] {
-            assert_eq!(greeting.advance(), Said::More);
+            assert_eq!(greeting.advance::<StreamHello>(), Said::More);
             host.write_all(&[*byte]).unwrap();
         }
         host.write_all(&wire[5..]).unwrap();
@@ -102,11 +102,11 @@ mod tests {
         for wire in [&u32::MAX.to_le_bytes()[..], &[0; 4], &509_u32.to_le_bytes(), &[1, 0, 0, 0, 0xff]] {
             let (mut host, mut greeting) = connected();
             host.write_all(wire).unwrap();
-            assert_eq!(greeting.advance(), Said::Nonsense);
+            assert_eq!(greeting.advance::<StreamHello>(), Said::Nonsense);
         }
         let (mut host, mut greeting) = connected();
         host.write_all(&encode(&hello()).unwrap()[..6]).unwrap();
         drop(host);
-        assert_eq!(greeting.advance(), Said::Nonsense);
+        assert_eq!(greeting.advance::<StreamHello>(), Said::Nonsense);
     }
 }

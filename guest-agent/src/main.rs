@@ -14,6 +14,7 @@ mod device_filter;
 mod error;
 mod forked;
 mod freezer;
+mod forward;
 mod greeting;
 mod guest;
 mod lifecycle;

@@ -21,6 +21,8 @@ const END_OF_FILE: u8 = 4;
 enum AtEnd {
     /// Closing the descriptors says all there is to say.
     Close,
+    /// The other direction goes on.
+    HalfClose,
     /// A terminal knows no end of its input: the character that means it is typed.
     TypeEndOfFile,
 }
@@ -75,6 +77,11 @@ impl Relay {
         let mut relay = Self::output(terminal, connection);
         relay.last_words = last_words;
         relay
+    }
+
+    /// One of the two directions between sockets, each of which ends by itself.
+    pub(crate) fn half(from: Rc<OwnedFd>, to: Rc<OwnedFd>) -> Self {
+        Self::new(from, to, AtEnd::HalfClose)
     }
 
     fn new(from: Rc<OwnedFd>, to: Rc<OwnedFd>, at_end: AtEnd) -> Self {
@@ -158,8 +165,9 @@ impl Drop for Relay {
     fn drop(&mut self) {
         use nix::sys::socket::{Shutdown, shutdown};
         use std::os::fd::AsRawFd;
+        let which = if self.at_end == AtEnd::HalfClose { Shutdown::Write } else { Shutdown::Both };
         // On a pipe or a terminal this fails and does nothing.
-        let _ = shutdown(self.to.as_raw_fd(), Shutdown::Both);
+        let _ = shutdown(self.to.as_raw_fd(), which);
     }
 }
 

@@ -13,6 +13,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use crate::containers::Containers;
 use crate::control::{Control, ControlError};
 use crate::error::{Doing, StepError};
+use crate::forward::{Forward, Progress};
 use crate::greeting::{Greeting, Said};
 use crate::guest;
 use crate::lifecycle::Caller;
@@ -40,6 +41,8 @@ pub(crate) struct Server {
     /// Emptied when they have said their hello or nonsense; swept after each round of events.
     greetings: Vec<Option<Greeting>>,
     relays: Vec<Relay>,
+    /// Emptied and swept as greetings are.
+    forwards: Vec<Option<Forward>>,
     containers: Containers,
     children: SignalFd,
     /// When the power goes off at the latest, once that is decided.
@@ -54,8 +57,10 @@ enum Source {
     Power,
     Control,
     Stream,
+    Forward,
     Connection(u32),
     Greeting(usize),
+    Forwarding(usize),
     Relay(usize),
     /// The receiver of an idle relay is gone.
     Broken(usize),
@@ -77,6 +82,7 @@ impl Server {
             next_control: OWNER + 1,
             greetings: Vec::new(),
             relays: Vec::new(),
+            forwards: Vec::new(),
             containers: Containers::new()?,
             children: SignalFd::with_flags(&signals, flags).doing(|| "Cannot make a signalfd")?,
             stopping: None,
@@ -133,8 +139,9 @@ impl Server {
         if self.controls.len() < MAX_CONTROLS {
             all.push((self.listeners.control.as_fd(), readable, Source::Control));
         }
-        if self.greetings.len() + self.relays.len() < MAX_STREAMS {
+        if self.greetings.len() + self.relays.len() + self.forwards.len() < MAX_STREAMS {
             all.push((self.listeners.stream.as_fd(), readable, Source::Stream));
+            all.push((self.listeners.forward.as_fd(), readable, Source::Forward));
         }
         for (id, control) in &self.controls {
             let (socket, flags) = control.waits_for();
@@ -144,6 +151,10 @@ impl Server {
             all.extend(
                 greeting.as_ref().map(|greeting| (greeting.socket(), readable, Source::Greeting(index))),
             );
+        }
+        for (index, forward) in self.forwards.iter().enumerate() {
+            let waits_for = forward.as_ref().and_then(Forward::waits_for);
+            all.extend(waits_for.map(|(fd, flags)| (fd, flags, Source::Forwarding(index))));
         }
         for (index, relay) in self.relays.iter().enumerate() {
             let source = |flags: PollFlags| match flags.is_empty() {
@@ -168,6 +179,11 @@ impl Server {
                 let accepted = vsock::accept(self.listeners.stream.as_fd());
                 self.greetings.extend(accepted.map(|socket| Some(Greeting::new(socket))));
             }
+            Source::Forward => {
+                let accepted = vsock::accept(self.listeners.forward.as_fd());
+                self.forwards.extend(accepted.map(|socket| Some(Forward::new(socket))));
+            }
+            Source::Forwarding(index) => self.forward(index),
             Source::Connection(id) => {
                 let ended = self.serve(id).err();
                 ended.into_iter().for_each(|error| self.hang_up(id, &error));
@@ -245,6 +261,15 @@ impl Server {
         }
     }
 
+    fn forward(&mut self, index: usize) {
+        match self.forwards[index].as_mut().map_or(Progress::Over, Forward::advance) {
+            Progress::More => return,
+            Progress::Over => {}
+            Progress::Connected(relays) => self.relays.extend(relays),
+        }
+        self.forwards[index] = None;
+    }
+
     /// As PID 1 the agent inherits every orphan of the guest; most of those reaped are of no concern to anyone.
     fn reap(&mut self) {
         while let Ok(Some(_)) = self.children.read_signal() {}
@@ -264,6 +289,7 @@ impl Server {
         let due = self.relays.iter_mut().filter(|relay| relay.deadline().is_some_and(|end| now >= end));
         due.for_each(|relay| relay.advance(&mut self.buffer));
         self.greetings.retain(Option::is_some);
+        self.forwards.retain(Option::is_some);
         self.relays.retain(|relay| !relay.has_ended());
     }
 }

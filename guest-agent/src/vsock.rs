@@ -1,4 +1,4 @@
-//! The agent's vsock: its three listeners, and the call to the host that tells it the guest is up.
+//! The agent's vsock: its four listeners, and the call to the host that tells it the guest is up.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -21,6 +21,7 @@ pub(crate) struct Listeners {
     pub(crate) power: OwnedFd,
     pub(crate) control: OwnedFd,
     pub(crate) stream: OwnedFd,
+    pub(crate) forward: OwnedFd,
 }
 
 impl Listeners {
@@ -29,6 +30,7 @@ impl Listeners {
             power: listener(port::POWER)?,
             control: listener(port::CONTROL)?,
             stream: listener(port::STREAM)?,
+            forward: listener(port::FORWARD)?,
         })
     }
 }

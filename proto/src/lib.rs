@@ -1,6 +1,6 @@
 //! The one contract between krx on the host and its agent in the guest.
 //!
-//! Three kinds of vsock connection exist, each on its own port of the guest:
+//! Four kinds of vsock connection exist, each on its own port of the guest:
 //!
 //! * [`port::CONTROL`]: the agent sends one [`Message::Hello`], then the host sends [`Call`]s and the agent
 //!   answers each with a [`Message::Reply`] that carries the call's number. A [`Request::Wait`] is answered when
@@ -8,6 +8,8 @@
 //!   host (CID 2): that connection is the owner's, and its hello means "the guest is ready".
 //! * [`port::STREAM`]: the host sends one [`StreamHello`], after it the connection is the raw byte stream of one
 //!   of a process's standard streams. Half-closing it is end of file.
+//! * [`port::FORWARD`]: the host sends one [`ForwardHello`], the agent answers with one byte, and then the connection
+//!   is one to a TCP port of the guest.
 //! * [`port::POWER`]: a power button. Connecting to it asks for an orderly power-off; no bytes are exchanged, so
 //!   a VMM that knows nothing of this protocol can press it.
 //!
@@ -16,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 mod devices;
+mod forward;
 mod frame;
 mod message;
 mod network;
@@ -24,6 +27,10 @@ mod spec;
 mod stats;
 
 pub use devices::{Device, DeviceAccess, DeviceKind, DeviceRule};
+/// What a frame can be decoded to.
+pub use serde::de::DeserializeOwned;
+
+pub use forward::{FORWARDED, ForwardHello};
 pub use frame::{FrameError, MAX_FRAME, decode, encode, read_frame, take_frame, write_frame};
 pub use message::{
     AgentError, Answer, Call, ErrorKind, ExitStatus, GuestInfo, MAX_PIDS, Message, ProcessInfo, ProcessState,
@@ -54,6 +61,8 @@ pub mod port {
     pub const CONTROL: u32 = 1024;
     /// Standard streams.
     pub const STREAM: u32 = 1025;
+    /// Connections to TCP ports of the guest.
+    pub const FORWARD: u32 = 1026;
 }
 
 /// x86 I/O ports of the VMM's two pseudo devices; the agent writes one byte to them through `/dev/port`.

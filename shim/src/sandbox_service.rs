@@ -17,8 +17,8 @@ use containerd_shim_protos::sandbox_api::{
 use containerd_shim_protos::sandbox_async::Sandbox;
 use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::r#async::TtrpcContext;
-use krx_sandbox::settings::size::Limits;
 use containerd_shim_protos::types::platform::Platform;
+use krx_sandbox::settings::size::Limits;
 
 use crate::config_json::{ConfigJson, Role};
 use crate::error::{Result, ShimError};
