@@ -22,6 +22,7 @@ pub mod live_volumes;
 mod mount_points;
 pub mod network;
 pub mod pod;
+pub mod port_forward;
 pub mod preflight;
 pub mod process;
 pub mod settings;

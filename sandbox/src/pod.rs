@@ -13,6 +13,7 @@ use crate::agent::{AgentClient, CallError, Pending};
 use crate::artifacts::Artifacts;
 use crate::container::Container;
 use crate::network::{Network, NetworkError};
+use crate::port_forward::{PortForward, PortForwardError};
 use crate::process::Process;
 use crate::settings::units::KernelArgs;
 use crate::state_dir::{ExecBase, PodPaths, PodState, StateDir, StateError, StateRoot};
@@ -33,6 +34,8 @@ pub enum PodError {
     Config(#[source] ConfigError),
     #[error("Pod cannot have the network it is to have")]
     Network(#[source] NetworkError),
+    #[error("Ports of the pod cannot be reached from its network namespace")]
+    PortForward(#[source] PortForwardError),
     #[error("Guest cannot have the network of its pod")]
     GuestNetwork(#[source] CallError),
     #[error("Cannot listen for the agent on {path}")]
@@ -86,6 +89,7 @@ pub struct Pod {
     // In this order when dropped: the connection, the VM, its network, its directory.
     agent: Arc<AgentClient>,
     vmm: Arc<VmmProcess>,
+    _forward: Option<PortForward>,
     network: Option<Network>,
     /// What the guest says of its network, until somebody has heard it.
     network_made: Mutex<Option<Pending>>,
@@ -107,7 +111,8 @@ impl Pod {
     ) -> Result<Self, PodError> {
         let PodConfig { vcpus, memory_mib, boot_timeout, .. } = config;
         let directory = root.create(&config.name).map_err(PodError::State)?;
-        let network = config.netns.as_deref().map(Network::attach).transpose().map_err(PodError::Network)?;
+        let netns = config.netns.clone();
+        let network = netns.as_deref().map(Network::attach).transpose().map_err(PodError::Network)?;
         let program = config.artifacts.vmm.clone();
         let paths = directory.paths();
         let interfaces: Vec<_> = network.iter().flat_map(Network::interfaces).collect();
@@ -126,11 +131,23 @@ impl Pod {
         // Others may hold the VMM, too: it has to be gone before its directory is, which may be another pod's then.
         let agent = agent.inspect_err(|_| vmm.kill_and_wait())?;
         timings.mark("agent ready");
+        let forward = netns.map(|netns| PortForward::start(&netns, paths.vsock()));
+        let _forward =
+            forward.transpose().map_err(PodError::PortForward).inspect_err(|_| vmm.kill_and_wait())?;
         let wanted = network.as_ref().map(Network::guest).filter(|guest| !guest.interfaces.is_empty());
         let made = wanted.map(|guest| agent.send(Request::Network(Box::new(guest.clone()))));
         // A connection that is gone shows in the next call, with what became of the VM.
         let network_made = Mutex::new(made.and_then(Result::ok));
-        Ok(Self { agent: Arc::new(agent), vmm, network, network_made, directory, vcpus, memory_mib })
+        Ok(Self {
+            agent: Arc::new(agent),
+            vmm,
+            _forward,
+            network,
+            network_made,
+            directory,
+            vcpus,
+            memory_mib,
+        })
     }
 
     /// Makes a container, whose first process is stopped before its exec. What it shares is in the share already.

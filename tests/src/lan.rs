@@ -1,9 +1,13 @@
 //! A network on the host as a plugin would make it: a bridge with addresses of the host, and network namespaces that are
 //! joined to it by veth pairs. By `ip` and `tc`, so that nothing of what is tested makes what it is tested with.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::thread;
+
+use nix::sched::{CloneFlags, setns};
 
 use crate::pod::{Ended, finish};
 
@@ -103,6 +107,21 @@ impl Netns {
     #[must_use]
     pub fn exec(&self, command: &[&str]) -> Ended {
         finish(Command::new("ip").args(["netns", "exec", &self.name]).args(command), b"")
+    }
+
+    /// Does something in the namespace.
+    ///
+    /// # Panics
+    /// As `body` does.
+    pub fn inside<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
+        let file = File::open(self.path()).expect("namespace");
+        thread::scope(|scope| {
+            let entered = || {
+                setns(&file, CloneFlags::CLONE_NEWNET).expect("setns");
+                body()
+            };
+            scope.spawn(entered).join().expect("in the namespace")
+        })
     }
 
     /// What of krx is in the namespace: taps and queueing disciplines.

@@ -241,3 +241,25 @@ fn nothing_is_left_in_the_namespace() {
     assert_eq!(next.out, netns.exec(&["cat", "/sys/class/net/eth0/address"]).ok().out);
     assert_eq!(netns.remains(), [""; 0]);
 }
+
+#[test]
+fn ports_of_the_pod_are_reached_at_localhost_of_its_namespace() {
+    let Some(place) = Place::new() else { return };
+    let netns = Netns::new();
+    let mut pod = on(&place, "net", &netns);
+    let mut server = serve(&pod);
+    netns.inside(|| {
+        send_to("127.0.0.1", BULK);
+        send_to("::1", 1 << 20);
+        let mut nobody = TcpStream::connect("127.0.0.1:7001").expect("taken before it is known");
+        let error = nobody.read(&mut [0]).expect_err("nobody listens there");
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    });
+    pod.child.kill().expect("kill krx");
+    let _ = pod.child.wait();
+    let _ = server.kill();
+    let _ = server.wait();
+    let refused = netns.inside(|| TcpStream::connect("127.0.0.1:7000")).expect_err("no pod");
+    assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+    place.assert_clean();
+}

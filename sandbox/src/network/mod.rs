@@ -20,6 +20,8 @@ use std::thread;
 
 use krx_proto::{MAX_NETWORK_ENTRIES, MAX_NETWORK_INTERFACES, NetworkSpec};
 use krx_vmm::config::interface::Interface;
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{LinkFlags, LinkMessage};
 use nix::sched::{CloneFlags, setns};
 
 use self::netlink::Netlink;
@@ -96,18 +98,7 @@ impl Network {
     /// # Errors
     /// [`NetworkError`]: nothing of what was begun then stays.
     pub fn attach(netns: &Path) -> Result<Self, NetworkError> {
-        let failed = |source| NetworkError::Namespace { path: netns.into(), source };
-        let namespace = File::open(netns).map_err(failed)?;
-        // A namespace is a thread's, so a thread is spent on it.
-        let attached = thread::scope(|scope| {
-            let inside = || {
-                setns(&namespace, CloneFlags::CLONE_NEWNET).map_err(|error| failed(error.into()))?;
-                Self::take_over()
-            };
-            let thread = thread::Builder::new().name("netns".into()).spawn_scoped(scope, inside);
-            thread.map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-        });
-        attached.map_err(NetworkError::Thread)?
+        inside(netns, |_| Self::take_over())?
     }
 
     /// What the VM is to have, in the order of [`NetworkSpec::interfaces`].
@@ -143,6 +134,39 @@ impl Network {
         }
         Ok(network)
     }
+}
+
+/// Does something in the namespace that `netns` is a file of, which it gets, too. The caller's own stays what it is.
+///
+/// # Errors
+/// The namespace cannot be entered.
+pub(crate) fn inside<T: Send>(netns: &Path, body: impl FnOnce(&File) -> T + Send) -> Result<T, NetworkError> {
+    let failed = |source| NetworkError::Namespace { path: netns.into(), source };
+    let namespace = File::open(netns).map_err(failed)?;
+    // A namespace is a thread's, so a thread is spent on it.
+    thread::scope(|scope| {
+        let entered = || {
+            setns(&namespace, CloneFlags::CLONE_NEWNET).map_err(|error| failed(error.into()))?;
+            Ok(body(&namespace))
+        };
+        let thread = thread::Builder::new().name("netns".into()).spawn_scoped(scope, entered);
+        let thread = thread.map_err(NetworkError::Thread)?;
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// Brings up the loopback interface of the calling thread's namespace, as it is in every container.
+pub(crate) fn loopback_up() -> Result<(), NetworkError> {
+    let mut message = LinkMessage::default();
+    // The first in every namespace.
+    message.header.index = 1;
+    message.header.flags = LinkFlags::Up;
+    message.header.change_mask = LinkFlags::Up;
+    let request = |mut netlink: Netlink| netlink.request(RouteNetlinkMessage::SetLink(message), 0);
+    Netlink::open().and_then(request).map_err(|source| NetworkError::Netlink {
+        doing: "bring up the loopback interface of the network namespace".into(),
+        source,
+    })
 }
 
 impl Drop for Network {
