@@ -1,6 +1,6 @@
 # krx: `make demo` shows it, `make test` tests it, `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup build install deb kernel initramfs rootfs demo test e2e lint check bench fuzz fmt clean
+.PHONY: help setup build install deb kernel initramfs rootfs containerd demo test e2e lint check bench fuzz fmt clean
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 
 help: ## This list
@@ -27,13 +27,16 @@ initramfs: setup ## Agent, static, in its initramfs (target/guest/initramfs.cpio
 rootfs: setup ## Root file system with python3 (target/guest/python-rootfs)
 	@rootfs/python-rootfs.sh
 
+containerd: setup ## Debian's containerd, runc and CNI plugins, unpacked for the tests (target/containerd)
+	@scripts/containerd-tools
+
 demo: build rootfs ## Run python3 in a micro-VM and show what ran where
 	@scripts/demo
 
-test: build rootfs ## All tests: unit, VM and end to end
+test: build rootfs containerd ## All tests: unit, VM and end to end
 	@scripts/test
 
-e2e: build rootfs ## VM and end-to-end tests alone; TESTS=name filters
+e2e: build rootfs containerd ## VM and end-to-end tests alone; TESTS=name filters
 	@scripts/test --e2e $(TESTS)
 
 lint: setup ## Formatting, clippy, licences and advisories (where cargo-deny is installed)

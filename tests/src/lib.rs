@@ -5,6 +5,8 @@
 //! `make test` does, it fails instead.
 
 pub mod agent;
+pub mod containerd;
+pub mod cri;
 pub mod guest;
 pub mod image;
 pub mod lan;

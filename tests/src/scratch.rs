@@ -12,8 +12,17 @@ impl Scratch {
     /// When it cannot be made.
     #[must_use]
     pub fn new() -> Self {
+        Self::under(Path::new("/tmp"))
+    }
+
+    /// Elsewhere than under `/tmp`.
+    ///
+    /// # Panics
+    /// When it cannot be made.
+    #[must_use]
+    pub fn under(directory: &Path) -> Self {
         // Not of PIDs: those of an emulated host are those of the one before.
-        Self(nix::unistd::mkdtemp("/tmp/krx-test-XXXXXX").expect("scratch directory"))
+        Self(nix::unistd::mkdtemp(&directory.join("krx-test-XXXXXX")).expect("scratch directory"))
     }
 
     #[must_use]

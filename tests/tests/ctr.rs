@@ -1,0 +1,92 @@
+//! `ctr run` under the tested runtime: a container without a pod, as a person tries a runtime out.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use tests::containerd::Engine;
+use tests::containerd::image::SMALL;
+use tests::containerd::suite;
+use tests::pod::{finish, until};
+
+fn main() -> ExitCode {
+    suite::run(&[
+        ("run_prints_and_ends_with_the_commands_status", prints),
+        ("run_of_a_missing_command_says_so", missing),
+        ("run_gives_its_standard_input", input),
+        ("run_has_environment_and_directory", environment),
+        ("exec_in_a_running_container", exec),
+        ("a_container_is_killed_and_deleted", killed),
+        ("metrics_of_a_running_container", metrics),
+    ])
+}
+
+fn prints(engine: &Engine) {
+    let run = engine.ctr_run(&["--rm"], "prints", &["sh", "-c", "echo out; echo err >&2; exit 7"]);
+    let ended = engine.ctr_end(&run);
+    assert_eq!((ended.code, ended.out.as_str()), (7, "out\n"), "{ended:?}");
+    assert!(ended.err.contains("err\n"), "{ended:?}");
+}
+
+fn missing(engine: &Engine) {
+    let ended = engine.ctr_end(&engine.ctr_run(&["--rm"], "missing", &["no-such-program"]));
+    assert_ne!(ended.code, 0);
+    assert!(ended.err.contains("no-such-program"), "{ended:?}");
+}
+
+fn input(engine: &Engine) {
+    // Not to the input's end: ctr 1.6 loses an end that comes before its task is there.
+    let run = engine.ctr_run(&["--rm"], "input", &["head", "-n", "1"]);
+    assert_eq!(finish(&mut engine.ctr(&run), b"in and out\n").ok().out, "in and out\n");
+}
+
+fn environment(engine: &Engine) {
+    let run = engine.ctr_run(
+        &["--rm", "--env", "COLOUR=red", "--cwd", "/usr"],
+        "env",
+        &["sh", "-c", "echo $COLOUR $PWD"],
+    );
+    assert_eq!(engine.ctr_end(&run).ok().out, "red /usr\n");
+}
+
+fn exec(engine: &Engine) {
+    engine.ctr_end(&engine.ctr_run(&["-d"], "exec", &["sleep", "600"])).ok();
+    let ended = engine.ctr_end(&["tasks", "exec", "--exec-id", "e1", "exec", "sh", "-c", "echo $$; exit 5"]);
+    assert_eq!(ended.code, 5, "{ended:?}");
+    assert_ne!(ended.out.trim(), "1");
+    let listed = engine.ctr_end(&["tasks", "ls"]).ok().out;
+    assert!(listed.lines().any(|line| line.starts_with("exec ") && line.contains("RUNNING")), "{listed}");
+    delete(engine, "exec");
+}
+
+fn killed(engine: &Engine) {
+    engine
+        .ctr_end(&engine.ctr_run(
+            &["-d"],
+            "killed",
+            &["sh", "-c", "trap 'exit 9' TERM; while :; do sleep 0.1; done"],
+        ))
+        .ok();
+    engine.ctr_end(&["tasks", "kill", "--signal", "TERM", "killed"]).ok();
+    let stopped = until(Duration::from_secs(30), || {
+        let listed = engine.ctr_end(&["tasks", "ls"]).ok().out;
+        listed.lines().any(|line| line.starts_with("killed ") && line.contains("STOPPED")).then_some(())
+    });
+    assert!(stopped.is_some(), "it does not stop");
+    let ended = engine.ctr_end(&["tasks", "delete", "killed"]);
+    assert!(ended.err.contains("exit code 9"), "{ended:?}");
+    engine.ctr_end(&["containers", "delete", "killed"]).ok();
+}
+
+fn metrics(engine: &Engine) {
+    engine.ctr_end(&engine.ctr_run(&["-d"], "metrics", &["sleep", "600"])).ok();
+    let shown = engine.ctr_end(&["tasks", "metrics", "--format", "json", "metrics"]).ok().out;
+    assert!(shown.contains("usage"), "{shown}");
+    let images = engine.ctr_end(&["images", "ls", "-q"]).ok().out;
+    assert!(images.contains(SMALL), "{images}");
+    delete(engine, "metrics");
+}
+
+fn delete(engine: &Engine, id: &str) {
+    engine.ctr_end(&["tasks", "delete", "--force", id]);
+    engine.ctr_end(&["containers", "delete", id]).ok();
+}
