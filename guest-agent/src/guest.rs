@@ -41,6 +41,9 @@ pub(crate) fn mount_all() -> Result<(), StepError> {
     mount_one("cgroup2", CGROUPS, hardened)?;
     mount_one("tmpfs", "/run", MsFlags::MS_NOSUID | MsFlags::MS_NODEV)?;
     crate::cgroup::make_parent()?;
+    // As the kubelet has it on a node: who maps more than there is learns of it by the OOM killer, if at all. Programs
+    // rely on that; the kernel's own guess would refuse what is larger than this small machine.
+    fs::write("/proc/sys/vm/overcommit_memory", "1").doing(|| "Cannot set vm.overcommit_memory")?;
     fs::create_dir_all(SHARE_PATH).doing(|| format!("Cannot make {SHARE_PATH}"))?;
     // Programs of an image may be set-uid; device nodes in it are never the container's to use.
     let none: Option<&str> = None;

@@ -27,6 +27,7 @@ mod shim;
 mod start;
 mod tasks;
 mod vm;
+mod volumes;
 mod watch;
 
 use std::process::ExitCode;

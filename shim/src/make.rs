@@ -113,6 +113,7 @@ fn mount_all(mounts: &[Mount], root: &Path) -> containerd_shim::Result<()> {
 fn finish(order: &Order, mut container: Container, prepared: Prepared, vm: &Vm) -> Result<Made> {
     container.spec.process.stdin = !order.stdio.stdin.is_empty();
     let placed = vm.place(prepared)?;
+    vm.volumes.add(&container);
     let made = || -> Result<Connected> {
         let process = vm.pod.create(&container.spec)?;
         // A guest that does not take connections is not to be dealt with any longer; its containers go with it.
@@ -121,6 +122,7 @@ fn finish(order: &Order, mut container: Container, prepared: Prepared, vm: &Vm) 
     match made() {
         Ok(connected) => Ok(Made { spec: container.spec.process, placed, connected }),
         Err(error) => {
+            vm.volumes.remove(&container.spec.id);
             vm.take_away(&placed);
             Err(error)
         }

@@ -1,13 +1,13 @@
 //! What a container or a pod uses, in the form that containerd's metrics have for cgroups of version 2. Pure.
 
 use containerd_shim_protos::cgroups_v2::metrics::{
-    CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
+    CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, NetworkStat, PidsStat,
 };
-use krx_proto::{Limit, Stats};
+use krx_proto::{InterfaceStats, Limit, Stats};
 
 /// Figures of the guest's kernel as containerd takes them from the host's.
 pub(crate) fn metrics(stats: &Stats) -> Metrics {
-    let Stats { cpu, memory, pids, io, .. } = stats;
+    let Stats { cpu, memory, pids, io, guest } = stats;
     let events = &memory.events;
     let usage = io.iter().map(|entry| IOEntry {
         major: entry.major,
@@ -41,7 +41,23 @@ pub(crate) fn metrics(stats: &Stats) -> Metrics {
         })
         .into(),
         io: Some(IOStat { usage: usage.collect(), ..IOStat::default() }).into(),
+        network: guest.iter().flat_map(|guest| &guest.interfaces).map(network).collect(),
         ..Metrics::default()
+    }
+}
+
+fn network(interface: &InterfaceStats) -> NetworkStat {
+    NetworkStat {
+        name: interface.name.clone(),
+        rx_bytes: interface.received.bytes,
+        rx_packets: interface.received.packets,
+        rx_errors: interface.received.errors,
+        rx_dropped: interface.received.dropped,
+        tx_bytes: interface.sent.bytes,
+        tx_packets: interface.sent.packets,
+        tx_errors: interface.sent.errors,
+        tx_dropped: interface.sent.dropped,
+        ..NetworkStat::default()
     }
 }
 

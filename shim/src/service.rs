@@ -127,7 +127,7 @@ impl Task for Service {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let process = |pid| ProcessInfo { pid, ..ProcessInfo::default() };
-        let pids = self.0.pids(&request.id);
+        let pids = self.0.pids(&request.id).await;
         let response = pids.map(|pids| PidsResponse {
             processes: pids.into_iter().map(process).collect(),
             ..PidsResponse::default()

@@ -205,6 +205,7 @@ impl Shim {
         }
         match &task.container {
             Some(container) if !container.is_single => {
+                task.vm.volumes.remove(id);
                 let (vm, placed) = (task.vm.clone(), container.placed.clone());
                 let _ = spawn_blocking(move || {
                     // A guest that has ended has forgotten it, too.
@@ -333,9 +334,16 @@ impl Shim {
         Ok(process.wait().await)
     }
 
-    /// PIDs as the host has them: the pod's one process.
-    pub(crate) fn pids(&self, id: &str) -> Result<Vec<u32>> {
-        Ok(vec![self.tasks.get(id)?.vm.pid()])
+    /// PIDs in the guest of a container's processes; a sandbox is a process of the host, its VMM.
+    pub(crate) async fn pids(&self, id: &str) -> Result<Vec<u32>> {
+        let task = self.tasks.get(id)?;
+        if task.container.is_none() {
+            return Ok(vec![task.vm.pid()]);
+        }
+        match call(&task.vm, Request::Pids { container: id.into() }).await? {
+            Answer::Pids(pids) => Ok(pids),
+            _ => Err(CallError::Unexpected.into()),
+        }
     }
 
     /// Stops the processes of a container, or lets them go on; a sandbox is its VM.
@@ -344,15 +352,20 @@ impl Shim {
         if task.first.life() != Life::Running {
             return Err(ShimError::wrong_state(format!("Task {id} is not running")));
         }
-        if task.container.is_some() {
-            return Err(ShimError::unimplemented("Containers of a pod cannot be paused"));
+        if task.is_paused() == paused {
+            let state = if paused { "paused already" } else { "not paused" };
+            return Err(ShimError::wrong_state(format!("Task {id} is {state}")));
         }
-        let vmm = task.vm.pod.vmm();
-        blocking(move || {
-            let done = if paused { vmm.pause() } else { vmm.resume() };
-            done.map_err(|error| ShimError::internal(crate::error::chain(&error)))
-        })
-        .await?;
+        if task.container.is_some() {
+            call(&task.vm, Request::Freeze { container: id.into(), frozen: paused }).await?;
+        } else {
+            let vmm = task.vm.pod.vmm();
+            blocking(move || {
+                let done = if paused { vmm.pause() } else { vmm.resume() };
+                done.map_err(|error| ShimError::internal(crate::error::chain(&error)))
+            })
+            .await?;
+        }
         task.set_paused(paused);
         let container_id = id.to_string();
         if paused {

@@ -23,6 +23,7 @@ use crate::cgroup::PodCgroup;
 use crate::config_json::ConfigJson;
 use crate::error::{Result, ShimError, chain};
 use crate::process::Exit;
+use crate::volumes::Volumes;
 
 /// Longest id of a pod (`krx_proto::validate_id`).
 const MAX_NAME: usize = 76;
@@ -39,6 +40,7 @@ pub(crate) struct Vm {
     hostname: Option<String>,
     sysctls: Vec<(String, String)>,
     netns: Option<PathBuf>,
+    pub(crate) volumes: Volumes,
     /// Containers made so far: their names in the share must differ.
     serial: AtomicU32,
     /// The signal by which containerd has ended the pod; 0 while it has not.
@@ -81,6 +83,7 @@ impl Vm {
             netns: config.netns.clone(),
         };
         let pod = Pod::boot(&StateRoot::from_env(), pod_config, &Timings::default(), |_| ())?;
+        let volumes = Volumes::of(&pod.agent());
         Ok(Self {
             pod,
             sandbox: id.into(),
@@ -89,6 +92,7 @@ impl Vm {
             hostname: config.hostname.clone(),
             sysctls: config.sysctls.clone(),
             netns: config.netns.clone(),
+            volumes,
             serial: AtomicU32::new(1),
             ended_by: AtomicI32::new(0),
             _cgroup: cgroup,
