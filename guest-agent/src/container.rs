@@ -80,12 +80,11 @@ impl ContainerPlan {
             return Err(invalid(format_args!("id: {:?} cannot name a container", spec.id)));
         }
         let namespaces = namespaces(&spec.namespaces);
-        check_hostname(spec.hostname.as_deref())?;
+        spec.hostname.as_deref().map_or(Ok(()), check_hostname)?;
         let lists = [
             (spec.mounts.len(), MAX_MOUNTS, "mounts"),
             (spec.masked_paths.len(), MAX_PATHS, "masked_paths"),
             (spec.readonly_paths.len(), MAX_PATHS, "readonly_paths"),
-            (spec.sysctls.len(), MAX_PATHS, "sysctls"),
             (spec.devices.len(), MAX_PATHS, "devices"),
         ];
         if let Some((length, most, field)) = lists.into_iter().find(|(length, most, _)| length > most) {
@@ -109,7 +108,7 @@ impl ContainerPlan {
                 readonly_paths: spec.readonly_paths,
                 devices: devices(spec.devices)?,
             },
-            sysctls: spec.sysctls.into_iter().map(sysctl).collect::<Result<_, _>>()?,
+            sysctls: sysctls(spec.sysctls)?,
             limits: Limits::new(spec.resources)?,
             device_filter: DeviceFilter::new(&spec.device_rules)?,
             process: ProcessPlan::new(spec.process)?,
@@ -128,8 +127,7 @@ fn namespaces(wanted: &[Namespace]) -> CloneFlags {
     wanted.iter().map(flag).fold(CloneFlags::CLONE_NEWNS, CloneFlags::union)
 }
 
-fn check_hostname(hostname: Option<&str>) -> Result<(), AgentError> {
-    let Some(hostname) = hostname else { return Ok(()) };
+pub(crate) fn check_hostname(hostname: &str) -> Result<(), AgentError> {
     if hostname.is_empty() || hostname.len() > MAX_HOSTNAME || hostname.contains(['\0', '\n', '/']) {
         return Err(invalid(format_args!("hostname: {hostname:?} is not one of 1 to {MAX_HOSTNAME} bytes")));
     }
@@ -221,6 +219,15 @@ fn file_system(
         kind: c_string("mounts: type", kind.into())?,
         parameters: parameters.collect::<Result<_, AgentError>>()?,
     })
+}
+
+/// Kernel parameters as paths below `/proc/sys`, and their values.
+pub(crate) fn sysctls(wanted: Vec<(String, String)>) -> Result<Vec<(String, String)>, AgentError> {
+    if wanted.len() > MAX_PATHS {
+        let length = wanted.len();
+        return Err(invalid(format_args!("sysctls: {length} are too many, at most {MAX_PATHS} are allowed")));
+    }
+    wanted.into_iter().map(sysctl).collect()
 }
 
 /// `net.ipv4.ip_forward` names `net/ipv4/ip_forward`; a name with slashes is taken as it is, since names of interfaces

@@ -18,6 +18,7 @@ use crate::container::{ContainerPlan, MountKind, RootPlan};
 use crate::error::{Doing, StepError, invalid};
 use crate::forked::{Process, fork};
 use crate::freezer::Freezer;
+use crate::identity;
 use crate::lifecycle::{Caller, Next, Reply, wrong_state};
 use crate::limits::Limits;
 use crate::live::{Refreshes, Replica};
@@ -92,6 +93,9 @@ impl Containers {
             Request::Freeze { container, frozen } => self.freeze(caller, &container, frozen),
             Request::Refresh { path, target } => self.refresh(caller, path, &target),
             Request::Update { container, resources } => self.update(&container, *resources).map(Some),
+            Request::Identity { hostname, sysctls } => {
+                identity::apply(hostname.as_deref(), sysctls).map(|()| Some(Answer::Done))
+            }
             Request::Network(spec) => network::apply(&spec).map(|()| Some(Answer::Done)),
             // The server's own: it ends all of this.
             Request::Shutdown => Ok(Some(Answer::Done)),

@@ -17,6 +17,7 @@ mod forward;
 mod freezer;
 mod greeting;
 mod guest;
+mod identity;
 mod lifecycle;
 mod limits;
 mod live;

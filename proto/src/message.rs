@@ -73,6 +73,9 @@ pub enum Request {
     /// Brings the copies of a live volume (see [`Mount`](crate::Mount)) up to date: those of the share's directory
     /// `path`, whose `..data` leads to `target` now. Answered when readers in containers see it.
     Refresh { path: String, target: String },
+    /// Gives the guest itself what containers without namespaces of their own find: its host name (where one is given) and
+    /// kernel parameters.
+    Identity { hostname: Option<String>, sysctls: Vec<(String, String)> },
     /// Gives the guest the network of the pod; once, before containers are made that are to find it.
     Network(Box<NetworkSpec>),
 }

@@ -36,8 +36,8 @@ pub enum PodError {
     Network(#[source] NetworkError),
     #[error("Ports of the pod cannot be reached from its network namespace")]
     PortForward(#[source] PortForwardError),
-    #[error("Guest cannot have the network of its pod")]
-    GuestNetwork(#[source] CallError),
+    #[error("Guest cannot be given what its pod is to have")]
+    Guest(#[source] CallError),
     #[error("Cannot listen for the agent on {path}")]
     Listen {
         path: PathBuf,
@@ -157,12 +157,29 @@ impl Pod {
     pub fn create(&self, container: &ContainerSpec) -> Result<Process, PodError> {
         let create = Request::Create(Box::new(container.clone()));
         let sent = self.agent.send(create);
-        let network = self.network_made.lock().unwrap_or_else(PoisonError::into_inner).take();
         // The first container is on its way meanwhile: most networks can be had.
-        network.map_or(Ok(()), Pending::done).map_err(|error| self.explain(error, PodError::GuestNetwork))?;
+        self.network_made()?;
         let created = sent.and_then(Pending::answer);
         created.map_err(|error| self.explain(error, PodError::Create))?;
         Ok(self.process(&container.id, ""))
+    }
+
+    /// Gives the guest a host name and kernel parameters, for all containers without namespaces of their own; and makes
+    /// sure of its network.
+    ///
+    /// # Errors
+    /// One of them cannot be had.
+    pub fn identify(&self, hostname: Option<String>, sysctls: Vec<(String, String)>) -> Result<(), PodError> {
+        let sent = self.agent.send(Request::Identity { hostname, sysctls });
+        self.network_made()?;
+        let identified = sent.and_then(Pending::done);
+        identified.map_err(|error| self.explain(error, PodError::Guest))
+    }
+
+    /// Takes the guest's answer to its network, once.
+    fn network_made(&self) -> Result<(), PodError> {
+        let network = self.network_made.lock().unwrap_or_else(PoisonError::into_inner).take();
+        network.map_or(Ok(()), Pending::done).map_err(|error| self.explain(error, PodError::Guest))
     }
 
     /// A process by its name; a container's first one has the empty name.

@@ -109,7 +109,7 @@ impl From<CallError> for ShimError {
 impl From<PodError> for ShimError {
     fn from(error: PodError) -> Self {
         let code = match &error {
-            PodError::Create(call) | PodError::Start(call) => code_of_call(call),
+            PodError::Create(call) | PodError::Start(call) | PodError::Guest(call) => code_of_call(call),
             PodError::Config(_) => Code::INVALID_ARGUMENT,
             PodError::State(_) => Code::FAILED_PRECONDITION,
             _ => Code::UNAVAILABLE,

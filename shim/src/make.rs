@@ -44,6 +44,7 @@ pub(crate) fn make(order: &Order, vm: Option<Arc<Vm>>) -> Result<(Arc<Vm>, Optio
             // What the pod cannot have is refused now, as its containers could not be told of it.
             bundle::read_in_pod(&order.id, &order.bundle, &first(&config))?;
             let vm = Vm::boot(&order.namespace, &order.id, &config)?;
+            vm.pod.identify(config.hostname, config.sysctls)?;
             Ok((Arc::new(vm), None))
         }
         (Role::Single, None) => single(order, &config),
@@ -85,7 +86,6 @@ fn single(order: &Order, config: &ConfigJson) -> Result<(Arc<Vm>, Option<Made>)>
 
 fn member(order: &Order, vm: &Vm) -> Result<Made> {
     let mut container = bundle::read_in_pod(&order.id, &order.bundle, &vm.namespaces())?;
-    vm.adopt(&mut container);
     let prepared = prepare(&mut container, &order.rootfs)?;
     finish(order, container, prepared, vm)
 }

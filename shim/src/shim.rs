@@ -235,7 +235,12 @@ impl Shim {
     /// Makes the pod's VM without a task that stands for it.
     pub(crate) async fn start_vm(&self, id: &str, config: ConfigJson) -> Result<Arc<Vm>> {
         let (namespace, id) = (self.namespace.clone(), id.to_string());
-        let vm = Arc::new(blocking(move || Vm::boot(&namespace, &id, &config)).await?);
+        let boot = move || {
+            let vm = Vm::boot(&namespace, &id, &config)?;
+            vm.pod.identify(config.hostname, config.sysctls)?;
+            Ok(vm)
+        };
+        let vm = Arc::new(blocking(boot).await?);
         self.tasks.set_vm(vm.clone());
         watch::vm(&vm, self.notices.clone());
         Ok(vm)

@@ -8,7 +8,6 @@ use std::time::SystemTime;
 
 use krx_sandbox::artifacts::Artifacts;
 use krx_sandbox::bundle::PodNamespaces;
-use krx_sandbox::container::Container;
 use krx_sandbox::pod::{Pod, PodConfig};
 use krx_sandbox::settings::Settings;
 use krx_sandbox::settings::annotations::Wishes;
@@ -37,8 +36,6 @@ pub(crate) struct Vm {
     pub(crate) started: SystemTime,
     /// How it ended.
     exit: watch::Sender<Option<Exit>>,
-    hostname: Option<String>,
-    sysctls: Vec<(String, String)>,
     netns: Option<PathBuf>,
     pub(crate) volumes: Volumes,
     /// Containers made so far: their names in the share must differ.
@@ -89,8 +86,6 @@ impl Vm {
             sandbox: id.into(),
             started: SystemTime::now(),
             exit: watch::Sender::new(None),
-            hostname: config.hostname.clone(),
-            sysctls: config.sysctls.clone(),
             netns: config.netns.clone(),
             volumes,
             serial: AtomicU32::new(1),
@@ -148,13 +143,6 @@ impl Vm {
         /// Of a VM that ended by itself.
         const UNKNOWN: u32 = 255;
         self.why_ended().map_or(UNKNOWN, |signal| 128 + signal)
-    }
-
-    /// Gives a container what its pod has in common.
-    pub(crate) fn adopt(&self, container: &mut Container) {
-        container.spec.hostname.clone_from(&self.hostname);
-        let own = std::mem::take(&mut container.spec.sysctls);
-        container.spec.sysctls = self.sysctls.iter().cloned().chain(own).collect();
     }
 
     pub(crate) fn place(&self, prepared: Prepared) -> Result<Placed> {

@@ -66,8 +66,9 @@ fn killed(engine: &Engine) {
             &["sh", "-c", "trap 'exit 9' TERM; while :; do sleep 0.1; done"],
         ))
         .ok();
-    engine.ctr_end(&["tasks", "kill", "--signal", "TERM", "killed"]).ok();
     let stopped = until(Duration::from_secs(30), || {
+        // Until its shell is there to take it: PID 1 of a namespace is not ended by what it does not handle.
+        engine.ctr_end(&["tasks", "kill", "--signal", "TERM", "killed"]);
         let listed = engine.ctr_end(&["tasks", "ls"]).ok().out;
         listed.lines().any(|line| line.starts_with("killed ") && line.contains("STOPPED")).then_some(())
     });
