@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use krx_proto::ProcessSpec;
 use krx_sandbox::agent::AgentClient;
 use krx_sandbox::process::Process;
-use krx_sandbox::state_dir::{Listed, PodPaths, PodState, StateRoot};
+use krx_sandbox::state_dir::{Listed, PodContainer, PodPaths, PodState, StateRoot};
 use krx_sandbox::timings::Timings;
 use nix::sys::signal::Signal;
 
@@ -20,15 +20,16 @@ use crate::signals::Signals;
 pub(crate) fn exec(arguments: &Exec) -> Result<u8, CliError> {
     arguments.process.check()?;
     let (paths, state) = StateRoot::from_env().open(&arguments.name)?;
-    let mut spec = ProcessSpec { args: arguments.command.clone(), ..state.process.clone() };
+    let container = own(&state)?;
+    let mut spec = ProcessSpec { args: arguments.command.clone(), ..container.process.clone() };
     if arguments.process.user.is_some() {
-        state.exec.unbind(&mut spec);
+        container.exec.unbind(&mut spec);
     }
-    arguments.process.apply(&mut spec, &state.rootfs)?;
+    arguments.process.apply(&mut spec, &container.rootfs)?;
     let signals = Signals::watch()?;
     signals.own();
     // The PID makes it unique among this host's, which are all that talk to the pod.
-    let process = named(&paths, &state, &format!("exec-{}", process::id()))?;
+    let process = named(&paths, container, &format!("exec-{}", process::id()))?;
     process.exec(spec.clone())?;
     let status = attend(&process, None, &spec, &signals, &Arc::new(Timings::default()));
     // Gone with its pod, if that has ended meanwhile.
@@ -39,7 +40,9 @@ pub(crate) fn exec(arguments: &Exec) -> Result<u8, CliError> {
 pub(crate) fn kill(arguments: &Kill) -> Result<u8, CliError> {
     let signal = parse::signal(&arguments.signal)?;
     let (paths, state) = StateRoot::from_env().open(&arguments.name)?;
-    let killed = named(&paths, &state, "").and_then(|process| Ok(process.kill(signal)?));
+    let killed = own(&state)
+        .and_then(|container| named(&paths, container, ""))
+        .and_then(|process| Ok(process.kill(signal)?));
     match killed {
         // A guest that does not do what it is told ends with its VM, and so with its process.
         Err(error) if signal == Signal::SIGKILL as i32 && !error.is_answer() => {
@@ -50,9 +53,20 @@ pub(crate) fn kill(arguments: &Kill) -> Result<u8, CliError> {
     Ok(0)
 }
 
-fn named(paths: &PodPaths, state: &PodState, name: &str) -> Result<Process, CliError> {
+/// The pod's container, where it is one of `krx run`.
+fn own(state: &PodState) -> Result<&PodContainer, CliError> {
+    let containerds = || {
+        let name = &state.name;
+        CliError::Usage(format!(
+            "Pod {name} is one of containerd's, which knows its containers: use `crictl` or `ctr`, or end it with `krx kill -s KILL {name}`"
+        ))
+    };
+    state.container.as_ref().ok_or_else(containerds)
+}
+
+fn named(paths: &PodPaths, container: &PodContainer, name: &str) -> Result<Process, CliError> {
     let agent = Arc::new(AgentClient::connect(&paths.vsock())?);
-    Ok(Process::new(agent, paths.vsock(), &state.container, name))
+    Ok(Process::new(agent, paths.vsock(), &container.id, name))
 }
 
 pub(crate) fn ps(arguments: &Ps) -> Result<u8, CliError> {
@@ -72,7 +86,10 @@ pub(crate) fn ps(arguments: &Ps) -> Result<u8, CliError> {
                 state.vcpus,
                 state.memory_mib,
                 now.saturating_sub(state.started),
-                state.process.args.join(" ").escape_debug()
+                state.container.as_ref().map_or_else(
+                    || "(of containerd)".into(),
+                    |container| container.process.args.join(" ").escape_debug().to_string()
+                )
             ),
             None => println!("{name:<24} {:>8} {:>5} {:>8} {:>8}  (starting)", "-", "-", "-", "-"),
         }
@@ -89,7 +106,7 @@ fn public(state: &PodState) -> serde_json::Value {
         "started": state.started,
         "vcpus": state.vcpus,
         "memory_mib": state.memory_mib,
-        "rootfs": state.rootfs,
-        "args": state.process.args,
+        "rootfs": state.container.as_ref().map(|container| &container.rootfs),
+        "args": state.container.as_ref().map(|container| &container.process.args),
     })
 }

@@ -9,7 +9,7 @@ use krx_sandbox::container::{Container, ContainerError};
 use krx_sandbox::pod::{Pod, PodConfig, PodError};
 use krx_sandbox::preflight::Finding;
 use krx_sandbox::settings::{self, Settings};
-use krx_sandbox::state_dir::{ExecBase, StateRoot};
+use krx_sandbox::state_dir::{ExecBase, PodContainer, StateRoot};
 use krx_sandbox::timings::Timings;
 use krx_sandbox::volume::Volume;
 use krx_sandbox::{bundle, preflight};
@@ -39,7 +39,12 @@ pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
         }
         let process = pod.create(&container.spec)?;
         timings.mark("container created");
-        pod.publish(&container, exec)?;
+        pod.publish(Some(PodContainer {
+            id: container.spec.id.clone(),
+            rootfs: container.rootfs().into(),
+            process: container.spec.process.clone(),
+            exec,
+        }))?;
         Ok((pod, process))
     };
     let (pod, process) = match (create(), signals.interrupted()) {

@@ -11,12 +11,11 @@ use krx_vmm::config::{Config, ConfigError, Share, ShareEntry};
 
 use crate::agent::{AgentClient, CallError, Pending};
 use crate::artifacts::Artifacts;
-use crate::container::Container;
 use crate::network::{Network, NetworkError};
 use crate::port_forward::{PortForward, PortForwardError};
 use crate::process::Process;
 use crate::settings::units::KernelArgs;
-use crate::state_dir::{ExecBase, PodPaths, PodState, StateDir, StateError, StateRoot};
+use crate::state_dir::{PodContainer, PodPaths, PodState, StateDir, StateError, StateRoot};
 use crate::timings::Timings;
 use crate::vmm_process::{Launch, VmmError, VmmProcess};
 
@@ -188,11 +187,11 @@ impl Pod {
         Process::new(self.agent.clone(), self.directory.paths().vsock(), container, process)
     }
 
-    /// Tells other commands of the pod and of its container.
+    /// Tells other commands of the pod, and of its container if it is one of `krx run`.
     ///
     /// # Errors
     /// The state cannot be written.
-    pub fn publish(&self, container: &Container, exec: ExecBase) -> Result<(), PodError> {
+    pub fn publish(&self, container: Option<PodContainer>) -> Result<(), PodError> {
         let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let state = PodState {
             name: self.directory.name(),
@@ -201,10 +200,7 @@ impl Pod {
             started: since_1970.as_secs(),
             vcpus: self.vcpus,
             memory_mib: self.memory_mib,
-            rootfs: container.rootfs().into(),
-            container: container.spec.id.clone(),
-            process: container.spec.process.clone(),
-            exec,
+            container,
         };
         self.directory.publish(&state).map_err(PodError::State)
     }

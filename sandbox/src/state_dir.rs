@@ -70,10 +70,17 @@ pub struct PodState {
     pub started: u64,
     pub vcpus: u32,
     pub memory_mib: u64,
-    /// The container's root file system on the host.
+    /// `None` in a pod of containerd's, which knows its containers itself.
+    pub container: Option<PodContainer>,
+}
+
+/// The container of `krx run`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodContainer {
+    pub id: String,
+    /// Its root file system on the host.
     pub rootfs: PathBuf,
-    pub container: String,
-    /// The container's first process; `krx exec` starts from its environment, user and capabilities.
+    /// Its first process; `krx exec` starts from its environment, user and capabilities.
     pub process: ProcessSpec,
     pub exec: ExecBase,
 }
@@ -415,10 +422,12 @@ mod tests {
             started: 3,
             vcpus: 1,
             memory_mib: 128,
-            rootfs: "/r".into(),
-            container: name.into(),
-            process: ProcessSpec::default(),
-            exec: ExecBase::default(),
+            container: Some(PodContainer {
+                id: name.into(),
+                rootfs: "/r".into(),
+                process: ProcessSpec::default(),
+                exec: ExecBase::default(),
+            }),
         }
     }
 

@@ -80,6 +80,7 @@ impl Vm {
             netns: config.netns.clone(),
         };
         let pod = Pod::boot(&StateRoot::from_env(), pod_config, &Timings::default(), |_| ())?;
+        pod.publish(None)?;
         let volumes = Volumes::of(&pod.agent());
         Ok(Self {
             pod,

@@ -1,8 +1,9 @@
 //! `ctr run` under the tested runtime: a container without a pod, as a person tries a runtime out.
 
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::Duration;
 
+use tests::Host;
 use tests::containerd::Engine;
 use tests::containerd::image::SMALL;
 use tests::containerd::suite;
@@ -55,7 +56,21 @@ fn exec(engine: &Engine) {
     assert_ne!(ended.out.trim(), "1");
     let listed = engine.ctr_end(&["tasks", "ls"]).ok().out;
     assert!(listed.lines().any(|line| line.starts_with("exec ") && line.contains("RUNNING")), "{listed}");
+    if engine.is_krx() {
+        let krx = |arguments: &[&str]| finish(Command::new(host().krx()).args(arguments), b"");
+        let pods = krx(&["ps"]).ok().out;
+        assert!(
+            pods.lines().any(|line| line.contains(".exec ") && line.contains("(of containerd)")),
+            "{pods}"
+        );
+        let name = pods.split_whitespace().find(|word| word.ends_with(".exec")).expect("its name");
+        assert!(krx(&["exec", name, "--", "true"]).err.contains("crictl"), "containerd's own");
+    }
     delete(engine, "exec");
+}
+
+fn host() -> Host {
+    tests::host().expect("a host")
 }
 
 fn killed(engine: &Engine) {
