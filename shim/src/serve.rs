@@ -2,9 +2,10 @@
 
 use std::collections::HashMap;
 use std::env;
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +14,10 @@ use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use containerd_shim_protos::ttrpc::r#async::transport::Listener;
 use containerd_shim_protos::ttrpc::r#async::{Server, Service as Methods};
+use krx_sandbox::settings::Settings;
+use nix::fcntl::OFlag;
 use nix::sys::signal::{SigSet, Signal};
+use nix::unistd::dup2_stderr;
 use tokio::sync::{Notify, mpsc};
 
 use crate::events::Events;
@@ -51,10 +55,7 @@ pub(crate) fn serve(flags: &Flags) -> Result<(), ServeError> {
     let events = env::var(TTRPC_ADDRESS).map_err(|_| ServeError::NoTtrpc)?;
     // Whoever ends the shim takes its pod along: containerd asks for it by requests.
     block_signals();
-    if let Err(error) = containerd_shim::logger::init(flags.debug, "info", &flags.namespace, &flags.id) {
-        // Without a log, tasks can still be served.
-        eprintln!("containerd-shim-krx-v2: no log: {error}");
-    }
+    begin_log(flags);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
     let served = runtime.map_err(ServeError::Runtime)?.block_on(run(flags, listener, &events));
     if let Some(path) = address.as_pathname() {
@@ -62,6 +63,19 @@ pub(crate) fn serve(flags: &Flags) -> Result<(), ServeError> {
     }
     // Not to wait for threads that wait for a guest.
     served.map(|()| std::process::exit(0))
+}
+
+/// The log, and standard error, go to the FIFO that containerd has put into the bundle. Without it, tasks can be served.
+fn begin_log(flags: &Flags) {
+    // Whether the settings are right is told when a pod is made.
+    let settings = Settings::load().unwrap_or_default();
+    let level = settings.log_level.as_str();
+    let _ = containerd_shim::logger::init(flags.debug, level, &flags.namespace, &flags.id);
+    // The guest's console comes through it: who does not read must not hold up the pod.
+    let log = OpenOptions::new().write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open("log");
+    if let Ok(log) = log {
+        let _ = dup2_stderr(log);
+    }
 }
 
 /// Blocks them; the VMM, a child, sets its own mask.
