@@ -193,8 +193,8 @@ impl Machine {
 fn base_cmdline(config: &ValidConfig) -> Result<Cmdline, BootError> {
     let mut cmdline = Cmdline::new(layout::CMDLINE_SIZE).map_err(BootError::CmdlineText)?;
     append(&mut cmdline, "panic=-1 reboot=p,panic_warm tsc=reliable no_timer_check random.trust_cpu=on")?;
-    // Neither poisons the initramfs nor patches every lock prefix: both would copy pages shared by all VMs.
-    append(&mut cmdline, "retain_initrd noreplace-smp")?;
+    // Patching every lock prefix would copy pages shared by all VMs.
+    append(&mut cmdline, "noreplace-smp")?;
     append(&mut cmdline, if config.console { "console=ttyS0" } else { "quiet 8250.nr_uarts=0" })?;
     Ok(cmdline)
 }

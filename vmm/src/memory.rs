@@ -1,9 +1,12 @@
 //! Guest memory: one region below the hole at 3.25 GiB, and one from 4 GiB for what does not fit.
 
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use std::io;
+
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::arch::x86_64::layout::{HOLE_END, HOLE_START};
 use crate::config::MemorySize;
+use crate::sys;
 
 /// The host cannot give the guest its memory.
 #[derive(Debug, thiserror::Error)]
@@ -13,7 +16,7 @@ use crate::config::MemorySize;
 pub struct MemoryError {
     mib: u64,
     #[source]
-    source: vm_memory::mmap::FromRangesError,
+    source: io::Error,
 }
 
 /// Regions of `size`, as `(start, length)` in ascending order.
@@ -28,21 +31,29 @@ pub fn regions(size: MemorySize) -> Vec<(u64, u64)> {
     regions
 }
 
-/// Maps the guest's memory. Pages come from the host as the guest touches them.
+/// Maps the guest's memory. Pages come from the host as the guest touches them, 2 MiB at once where the host has huge
+/// pages: each touch that the host has not mapped yet is an exit.
 ///
 /// # Errors
 /// [`MemoryError`] when the host refuses the mapping.
 pub fn allocate(size: MemorySize) -> Result<GuestMemoryMmap, MemoryError> {
-    let ranges: Vec<_> = regions(size)
-        .into_iter()
-        .map(|(start, length)| (GuestAddress(start), usize::try_from(length).unwrap_or(usize::MAX)))
-        .collect();
-    GuestMemoryMmap::from_ranges(&ranges).map_err(|source| MemoryError { mib: size.mib(), source })
+    let map = || {
+        let regions = regions(size).into_iter().map(|(start, length)| {
+            let length = usize::try_from(length).map_err(|_| io::ErrorKind::InvalidInput)?;
+            let region = sys::map_guest_memory(length)?;
+            GuestRegionMmap::new(region, GuestAddress(start))
+                .ok_or_else(|| io::ErrorKind::InvalidInput.into())
+        });
+        let regions = regions.collect::<io::Result<Vec<_>>>()?;
+        GuestMemoryMmap::from_regions(regions).map_err(io::Error::other)
+    };
+    map().map_err(|source| MemoryError { mib: size.mib(), source })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_memory::{Bytes, GuestMemory};
 
     fn of(mib: u64) -> Vec<(u64, u64)> {
         regions(MemorySize::from_mib(mib).unwrap())
@@ -52,6 +63,17 @@ mod tests {
     fn small_memory_is_one_region() {
         assert_eq!(of(128), [(0, 128 << 20)]);
         assert_eq!(of(3328), [(0, HOLE_START)]);
+    }
+
+    #[test]
+    fn memory_starts_at_a_huge_page() {
+        let memory = allocate(MemorySize::from_mib(3330).unwrap()).unwrap();
+        assert_eq!(memory.num_regions(), 2);
+        for region in memory.iter() {
+            assert!((region.as_ptr() as u64).is_multiple_of(sys::HUGE_PAGE));
+        }
+        memory.write_obj(7_u64, GuestAddress(HOLE_START - 8)).unwrap();
+        assert_eq!(memory.read_obj::<u64>(GuestAddress(HOLE_START - 8)).unwrap(), 7);
     }
 
     #[test]

@@ -8,10 +8,42 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use vm_memory::{GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, MmapRegion};
 
 /// Size of a page of the host and of the guest.
 pub const PAGE_SIZE: u64 = 4096;
+
+/// Size of a huge page of the host, and of what KVM maps by one entry of its nested page tables.
+pub const HUGE_PAGE: u64 = 2 << 20;
+
+/// Reserves `len` bytes of memory that starts at a multiple of [`HUGE_PAGE`] and asks the host for huge pages. It is given
+/// back when the process ends, not before: a guest's memory lives as long as its VMM.
+///
+/// # Errors
+/// What mmap(2) says, `InvalidInput` for a length that no address space holds.
+pub fn map_guest_memory(len: usize) -> io::Result<MmapRegion> {
+    let huge = usize::try_from(HUGE_PAGE).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let reserved = len.checked_add(huge).ok_or(io::ErrorKind::InvalidInput)?;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping at an address of the kernel's choice touches no memory in use.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), reserved, protection, flags, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let skipped = start.align_offset(huge).min(huge);
+    let aligned = start.wrapping_byte_add(skipped);
+    // SAFETY: the range lies within the mapping just made. It is advice: where the host has no huge pages it fails, and
+    // memory comes in small ones.
+    let _ = unsafe { libc::madvise(aligned, len, libc::MADV_HUGEPAGE) };
+    let builder =
+        MmapRegionBuilder::new_with_bitmap(len, ()).with_mmap_prot(protection).with_mmap_flags(flags);
+    // SAFETY: `len` bytes from `aligned` on belong to the mapping made above, which has `len + HUGE_PAGE` bytes and is
+    // never unmapped; nobody else knows its address.
+    let builder = unsafe { builder.with_raw_mmap_pointer(aligned.cast()) };
+    builder.build().map_err(io::Error::other)
+}
 
 /// Replaces `len` bytes of guest memory at `guest` by a private, writable mapping of `file` at `offset`.
 ///

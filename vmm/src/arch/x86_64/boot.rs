@@ -3,16 +3,15 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use linux_loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::load_cmdline;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
-use super::kernel::Kernel;
+use super::kernel::{self, Kernel};
 use super::{layout, mptable, regs};
-use crate::sys::{self, PAGE_SIZE};
+use crate::sys::PAGE_SIZE;
 
 const E820_RAM: u32 = 1;
 const BOOT_FLAG: u16 = 0xaa55;
@@ -50,7 +49,8 @@ pub struct Initramfs {
     pub size: u64,
 }
 
-/// Maps the initramfs copy-on-write to the end of the memory below the hole, away from the kernel.
+/// Copies the initramfs to the end of the memory below the hole, away from the kernel. A mapping would cost an exit for each
+/// page, for a file that is read once; the guest frees it.
 ///
 /// # Errors
 /// Unreadable or empty files, and files that do not fit between the kernel and the end of memory.
@@ -72,13 +72,7 @@ pub fn load_initramfs(
     if address < kernel_end.next_multiple_of(PAGE_SIZE) || u32::try_from(address + size).is_err() {
         return Err(too_large());
     }
-    let whole = size / PAGE_SIZE * PAGE_SIZE;
-    if whole > 0 {
-        sys::map_file_into_guest(memory, GuestAddress(address), &file, 0, whole).map_err(read_error)?;
-    }
-    let mut tail = vec![0; usize::try_from(size - whole).unwrap_or(0)];
-    file.read_exact_at(&mut tail, whole).map_err(read_error)?;
-    memory.write_slice(&tail, GuestAddress(address + whole)).map_err(BootError::Tables)?;
+    kernel::copy(memory, &file, 0, address, size).map_err(read_error)?;
     Ok(Initramfs { address, size })
 }
 
@@ -146,6 +140,7 @@ fn memory_map(memory: &GuestMemoryMmap) -> Vec<boot_e820_entry> {
 mod tests {
     use super::*;
     use crate::testing;
+    use std::os::unix::fs::FileExt;
 
     fn initramfs(name: &str, size: u64) -> PathBuf {
         let path = std::env::temp_dir().join(format!("krx-initramfs-{}-{name}", std::process::id()));

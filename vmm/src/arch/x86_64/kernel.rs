@@ -4,7 +4,8 @@
 //! The image is a user's file and may be anything: every number in it is checked before it is used.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -14,12 +15,14 @@ use linux_loader::loader::bzimage::BzImage;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
 use super::layout;
-use crate::sys::{self, PAGE_SIZE};
+use crate::sys::{self, HUGE_PAGE, PAGE_SIZE};
 
 /// Larger files are not kernels; stops a sparse file of exabytes from being worked through.
 const MAX_IMAGE: u64 = 1 << 30;
 /// Linux has 4 or 5 program headers; stops a header from claiming 65,535.
 const MAX_SEGMENTS: u16 = 64;
+/// Flag of a segment: writable.
+const PF_W: u32 = 2;
 const CLASS_64: u8 = 2;
 const LITTLE_ENDIAN: u8 = 1;
 const MACHINE_X86_64: u16 = 62;
@@ -96,6 +99,7 @@ struct Segment {
     guest: u64,
     file_size: u64,
     memory_size: u64,
+    writable: bool,
 }
 
 fn load_elf(
@@ -170,32 +174,42 @@ fn segments(table: &[u8], file_length: u64) -> Result<Vec<Segment>, &'static str
             guest: header.p_paddr,
             file_size: header.p_filesz,
             memory_size: header.p_memsz,
+            writable: header.p_flags & PF_W != 0,
         });
     }
     if found.is_empty() { Err("it has no loadable segment") } else { Ok(found) }
 }
 
-/// Maps the whole pages of a segment and copies the rest. Memory behind the file's part is zero already.
+/// Maps what a segment has of whole huge pages and is not written: text and constants. All else is copied, into huge
+/// pages: the kernel writes to most pages of its data, and the rest of a huge page, where the kernel's next segment or
+/// its free memory begins, would be touched 4 KiB at a time. Memory behind the file's part is zero already.
 fn place(memory: &GuestMemoryMmap, file: &File, segment: Segment) -> io::Result<()> {
-    let congruent = segment.offset.is_multiple_of(PAGE_SIZE) && segment.guest.is_multiple_of(PAGE_SIZE);
-    let mapped = if congruent { segment.file_size / PAGE_SIZE * PAGE_SIZE } else { 0 };
-    if mapped > 0 {
-        sys::map_file_into_guest(memory, GuestAddress(segment.guest), file, segment.offset, mapped)?;
+    let Segment { offset, guest, file_size, .. } = segment;
+    let start = guest.next_multiple_of(HUGE_PAGE);
+    let end = (guest + file_size) / HUGE_PAGE * HUGE_PAGE;
+    let congruent = offset.is_multiple_of(PAGE_SIZE) && guest.is_multiple_of(PAGE_SIZE);
+    if segment.writable || !congruent || start >= end {
+        return copy(memory, file, offset, guest, file_size);
     }
-    copy(memory, file, segment.offset + mapped, segment.guest + mapped, segment.file_size - mapped)
+    copy(memory, file, offset, guest, start - guest)?;
+    sys::map_file_into_guest(memory, GuestAddress(start), file, offset + (start - guest), end - start)?;
+    copy(memory, file, offset + (end - guest), end, guest + file_size - end)
 }
 
-fn copy(memory: &GuestMemoryMmap, file: &File, offset: u64, guest: u64, length: u64) -> io::Result<()> {
-    const CHUNK: u64 = 1 << 20;
-    let mut done = 0;
-    while done < length {
-        let size = usize::try_from((length - done).min(CHUNK)).unwrap_or(usize::MAX);
-        let mut buffer = vec![0; size];
-        file.read_exact_at(&mut buffer, offset + done)?;
-        memory.write_slice(&buffer, GuestAddress(guest + done)).map_err(io::Error::other)?;
-        done += size as u64;
-    }
-    Ok(())
+/// Reads `length` bytes of `file` into guest memory.
+///
+/// # Errors
+/// What read(2) says, and `UnexpectedEof`.
+pub(super) fn copy(
+    memory: &GuestMemoryMmap,
+    mut file: &File,
+    offset: u64,
+    guest: u64,
+    length: u64,
+) -> io::Result<()> {
+    let length = usize::try_from(length).map_err(io::Error::other)?;
+    file.seek(SeekFrom::Start(offset))?;
+    memory.read_exact_volatile_from(GuestAddress(guest), &mut file.as_fd(), length).map_err(io::Error::other)
 }
 
 fn load_bzimage(memory: &GuestMemoryMmap, path: &Path, mut file: File) -> Result<Kernel, KernelError> {
