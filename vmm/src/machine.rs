@@ -11,7 +11,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use vm_memory::GuestMemoryMmap;
 
-use crate::arch::x86_64::boot::{self, BootError, Initramfs};
+use crate::arch::x86_64::boot::{self, BootError, Hardware, Initramfs};
 use crate::arch::x86_64::kernel::{self, KernelError};
 use crate::arch::x86_64::layout;
 use crate::bus::Buses;
@@ -136,11 +136,15 @@ impl Machine {
             append(&mut cmdline, device).map_err(MachineError::Boot)?;
         }
         append(&mut cmdline, &config.cmdline).map_err(MachineError::Boot)?;
+        let serial = config.console.then_some(layout::COM1_IRQ);
+        let irqs: Vec<_> =
+            serial.into_iter().chain(slots.irqs()).filter_map(|irq| irq.try_into().ok()).collect();
         let mut buses = Buses { mmio: slots.into_bus(), ..Buses::default() };
         attach_ports(&mut buses, &vm, config.console).map_err(MachineError::Kvm)?;
 
         let count = config.vcpus.get();
-        boot::write_tables(&memory, &kernel, initramfs, &cmdline, count).map_err(MachineError::Boot)?;
+        let hardware = Hardware { vcpus: count, irqs: &irqs };
+        boot::write_tables(&memory, &kernel, initramfs, &cmdline, hardware).map_err(MachineError::Boot)?;
         let vcpus: Result<Vec<_>, _> = (0..count).map(|id| Vcpu::new(&vm, id, count, kernel.entry)).collect();
         let vcpus = vcpus.map_err(MachineError::Kvm)?;
         let vcpus = Vcpus::start(vcpus, &Arc::new(buses), &stop).map_err(|error| {

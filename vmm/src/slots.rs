@@ -62,6 +62,11 @@ impl<'a> Slots<'a> {
         self.cmdline.iter().map(String::as_str)
     }
 
+    /// Interrupts of the devices.
+    pub(crate) fn irqs(&self) -> impl Iterator<Item = u32> {
+        (layout::VIRTIO_IRQ..).take(self.cmdline.len())
+    }
+
     pub(crate) fn into_bus(self) -> Bus {
         self.bus
     }

@@ -76,6 +76,14 @@ pub fn load_initramfs(
     Ok(Initramfs { address, size })
 }
 
+/// What the tables tell of the machine.
+#[derive(Debug, Clone, Copy)]
+pub struct Hardware<'a> {
+    pub vcpus: u8,
+    /// Interrupts of its devices.
+    pub irqs: &'a [u8],
+}
+
 /// Writes all tables, the command line and the boot parameters.
 ///
 /// # Errors
@@ -85,10 +93,11 @@ pub fn write_tables(
     kernel: &Kernel,
     initramfs: Initramfs,
     cmdline: &linux_loader::cmdline::Cmdline,
-    vcpus: u8,
+    hardware: Hardware<'_>,
 ) -> Result<(), BootError> {
     load_cmdline(memory, GuestAddress(layout::CMDLINE), cmdline).map_err(BootError::Cmdline)?;
-    memory.write_slice(&mptable::build(vcpus), GuestAddress(layout::MP_TABLE)).map_err(BootError::Tables)?;
+    let mp_table = mptable::build(hardware.vcpus, hardware.irqs);
+    memory.write_slice(&mp_table, GuestAddress(layout::MP_TABLE)).map_err(BootError::Tables)?;
     for (address, table) in regs::tables() {
         memory.write_slice(&table, GuestAddress(address)).map_err(BootError::Tables)?;
     }

@@ -49,6 +49,9 @@ pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 /// KVM's task state segment, three pages.
 pub const KVM_TSS: u64 = 0xfffb_d000;
 
+/// Interrupt mask of the first PIC (8259A data sheet, OCW1).
+pub const PIC_MASK: u16 = 0x21;
+
 /// COM1, with `console` only.
 pub const COM1: u16 = 0x3f8;
 pub const COM1_SIZE: u16 = 8;
