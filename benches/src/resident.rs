@@ -1,4 +1,4 @@
-//! What a VMM's process weighs beyond its guest's memory (`/proc/PID/smaps`, proc(5)).
+//! What a VMM's process weighs, its guest's memory and the rest (`/proc/PID/smaps`, proc(5)).
 
 use std::fs;
 use std::io;
@@ -11,17 +11,26 @@ struct Mapping {
     pss_kib: u64,
 }
 
-/// KiB of proportional set size of process `pid` outside its guest memory of `guest_mib`.
+/// Proportional set sizes of a VMM, in KiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Resident {
+    /// Of its guest's memory: what the guest has touched, in huge pages where the host gave them.
+    pub guest_kib: u64,
+    /// Of all else.
+    pub beyond_kib: u64,
+}
+
+/// What process `pid` with guest memory of `guest_mib` weighs.
 ///
 /// # Errors
 /// The process is gone, or has no such guest memory.
-pub fn beyond_guest_kib(pid: u32, guest_mib: u64) -> io::Result<u64> {
+pub fn of(pid: u32, guest_mib: u64) -> io::Result<Resident> {
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
     let mappings = mappings(&smaps);
     let total: u64 = mappings.iter().map(|mapping| mapping.pss_kib).sum();
-    let guest = guest_kib(&mappings, guest_mib << 20)
+    let guest_kib = guest_kib(&mappings, guest_mib << 20)
         .ok_or_else(|| io::Error::other(format!("process {pid} has no guest memory of {guest_mib} MiB")))?;
-    Ok(total - guest)
+    Ok(Resident { guest_kib, beyond_kib: total - guest_kib })
 }
 
 /// Guest memory is one range of addresses, in several mappings where a file lies in it.

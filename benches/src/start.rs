@@ -13,7 +13,7 @@ use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 
 use crate::host::Memory;
-use crate::resident;
+use crate::resident::{self, Resident};
 use crate::tracing::Event;
 
 /// The phase just before the watched program's exec.
@@ -25,8 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 #[derive(Debug, Clone)]
 pub struct Start {
     pub phases: Vec<(String, u64)>,
-    /// Of the VMM beyond its guest, in KiB; none where it was not looked at.
-    pub resident_kib: Option<u64>,
+    /// Of the VMM; none where it was not looked at.
+    pub resident: Option<Resident>,
 }
 
 impl Start {
@@ -127,8 +127,8 @@ pub fn vmm(programs: &Programs, memory: &Memory, memory_mib: u64) -> io::Result<
     let mut phases = vec![(SPAWNED.to_string(), spawned)];
     phases.extend(timings(&control)?);
     phases.push(("agent ready".into(), ready));
-    let resident_kib = Some(resident::beyond_guest_kib(child.0.id(), memory_mib)?);
-    Ok(Start { phases, resident_kib })
+    let resident = Some(resident::of(child.0.id(), memory_mib)?);
+    Ok(Start { phases, resident })
 }
 
 /// The VMM's own phases, by its control socket.
@@ -178,7 +178,7 @@ pub fn container(programs: &Programs, memory: &Memory, memory_mib: u64) -> io::R
     let mut all = vec![(SPAWNED.to_string(), spawned)];
     all.extend(phases(report.lines().last().unwrap_or_default())?);
     all.push(("first byte".into(), shown));
-    Ok(Start { phases: all, resident_kib: None })
+    Ok(Start { phases: all, resident: None })
 }
 
 /// A boot of the same kernel and initramfs by QEMU's `microvm`; it is to be found in the trace when PID 1 ran.
