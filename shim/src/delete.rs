@@ -2,6 +2,9 @@
 //!
 //! The VMM ends by itself when its owner does, and its mounts with it. What may be left is the pod's directory, its
 //! cgroup, and the socket.
+//!
+//! Or the shim is there, but containerd has given it up: one that was killed while its shim made a pod finds, when it is
+//! back, a shim without a task. Nobody would ever end that one.
 
 use std::env;
 use std::fs;
@@ -12,6 +15,8 @@ use std::time::SystemTime;
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::Message;
 use krx_sandbox::state_dir::StateRoot;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::cgroup;
 use crate::config_json::{ConfigJson, Role};
@@ -20,6 +25,8 @@ use crate::start::socket_path;
 use crate::vm::pod_name;
 use crate::watch::timestamp;
 
+/// Name of this program.
+const PROGRAM: &str = "containerd-shim-krx-v2";
 /// What containerd is told of tasks whose shim was killed.
 const KILLED: u32 = 137;
 
@@ -39,7 +46,29 @@ pub(crate) fn delete(flags: &Flags) -> io::Result<()> {
     io::stdout().write_all(&response.write_to_bytes().map_err(io::Error::other)?)
 }
 
+/// Ends shims that still serve this id.
+fn end_shim(flags: &Flags) {
+    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        // A process that ends meanwhile has no command line.
+        let line = fs::read(process.path().join("cmdline")).unwrap_or_default();
+        if serves(&line, flags) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+}
+
+/// Whether a command line is that of the shim which serves the id of `flags`.
+fn serves(line: &[u8], flags: &Flags) -> bool {
+    let mut words = line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
+    let is_shim =
+        words.next().is_some_and(|name| Path::new(&name).file_name().is_some_and(|name| name == PROGRAM));
+    let Ok(its) = Flags::parse(words) else { return false };
+    is_shim && its.action == "serve" && its.id == flags.id && its.namespace == flags.namespace
+}
+
 fn clean_up(flags: &Flags, bundle: &Path, config: Option<&ConfigJson>) {
+    end_shim(flags);
     // Waits for a VMM that is about to end, and removes the directory.
     if let Ok(directory) = StateRoot::from_env().create(&pod_name(&flags.namespace, &flags.id)) {
         drop(directory);
@@ -49,5 +78,24 @@ fn clean_up(flags: &Flags, bundle: &Path, config: Option<&ConfigJson>) {
     }
     if let Ok(address) = fs::read_to_string(bundle.join("address")) {
         let _ = fs::remove_file(socket_path(address.trim()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shim_of_an_id_is_known_by_its_command_line() {
+        let flags = Flags { namespace: "k8s.io".into(), id: "abc".into(), ..Flags::default() };
+        let line = |program: &str, id: &str, action: &str| {
+            let words = [program, "-namespace", "k8s.io", "-id", id, "-address", "/run/c.sock", action, ""];
+            serves(words.join("\0").as_bytes(), &flags)
+        };
+        assert!(line("/usr/bin/containerd-shim-krx-v2", "abc", "serve"));
+        assert!(!line("/usr/bin/containerd-shim-krx-v2", "abcd", "serve"), "another pod's");
+        assert!(!line("/usr/bin/containerd-shim-krx-v2", "abc", "delete"), "this one");
+        assert!(!line("/usr/bin/containerd-shim-runc-v2", "abc", "serve"));
+        assert!(!serves(b"", &flags) && !serves(b"\xff\0-id", &flags));
     }
 }
