@@ -209,9 +209,15 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: ShutdownSandboxRequest,
     ) -> ttrpc::Result<ShutdownSandboxResponse> {
+        let vm = self.shim.tasks.vm();
+        if vm.as_ref().is_some_and(|vm| vm.sandbox != request.sandbox_id) {
+            // The pod that is served is not to end by a mistake about another.
+            let missing = ShimError::not_found(format!("There is no sandbox {}", request.sandbox_id));
+            return answered("shutdown_sandbox", &request.sandbox_id, Err(missing));
+        }
         // One that was never started, or was shut down before, has nothing to be stopped.
         let _ = self.stop(&request.sandbox_id).await;
-        self.shim.tasks.take_vm();
+        vm.map(|vm| self.shim.tasks.take_vm(&vm));
         self.shim.done.notify_one();
         answered("shutdown_sandbox", &request.sandbox_id, Ok(ShutdownSandboxResponse::default()))
     }

@@ -2,6 +2,7 @@
 //! the business of `service`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use containerd_shim_protos::api::Status;
 use containerd_shim_protos::events::task::{
@@ -32,6 +33,9 @@ const NOT_EXECUTABLE: u32 = 126;
 const KILL: i32 = 9;
 const TERMINATE: i32 = 15;
 const INTERRUPT: i32 = 2;
+
+/// How long the tasks of a pod whose VM and sandbox are gone may be asked for.
+const LAST_TASKS: Duration = Duration::from_secs(20);
 
 /// Everything a shim has.
 #[derive(Debug)]
@@ -88,7 +92,11 @@ impl Shim {
             watch::vm(&vm, self.notices.clone());
         }
         if task.container.is_some() {
-            watch::process(self, &task, "").await?;
+            // A VM that has ended since has told its tasks of it, and this one was not among them yet.
+            if let Err(error) = watch::process(self, &task, "").await {
+                self.take_apart(&task).await;
+                return Err(error);
+            }
             watch::oom(self, &task, 0).await;
         }
         let Stdio { terminal, stdin, stdout, stderr } = order.stdio;
@@ -190,7 +198,10 @@ impl Shim {
             }
             Life::Created if task.container.is_some() => {
                 let guest = task.vm.pod.process(id, exec);
-                blocking(move || Ok(guest.kill(KILL)?)).await?;
+                match spawn_blocking(move || guest.kill(KILL)).await.unwrap_or(Err(CallError::Lost)) {
+                    Err(CallError::Lost | CallError::VmmEnded) => watch::went_with_vm(self, &task, exec),
+                    killed => killed?,
+                }
             }
             Life::Created => self.end_vm(task.vm.clone()).await,
             Life::Exited(_) => {}
@@ -203,9 +214,27 @@ impl Shim {
             task.forget(exec);
             return Ok((pid, exit));
         }
+        // Of several that delete it at once, one has done so.
+        if !self.take_apart(&task).await {
+            return Err(ShimError::not_found(format!("There is no task {id}")));
+        }
+        self.events.send(TaskDelete {
+            container_id: id.into(),
+            id: id.into(),
+            pid,
+            exit_status: exit.status,
+            exited_at: Some(watch::timestamp(exit.at)).into(),
+            ..TaskDelete::default()
+        });
+        Ok((pid, exit))
+    }
+
+    /// Takes away what a task has in its VM, and the VM where that goes with it. False if somebody else has done so.
+    async fn take_apart(&self, task: &Arc<Task>) -> bool {
         match &task.container {
             Some(container) if !container.is_single => {
-                task.vm.volumes.remove(id);
+                task.vm.volumes.remove(&task.id);
+                let guest = task.vm.pod.process(&task.id, "");
                 let (vm, placed) = (task.vm.clone(), container.placed.clone());
                 let _ = spawn_blocking(move || {
                     // A guest that has ended has forgotten it, too.
@@ -217,19 +246,10 @@ impl Shim {
             // The VM goes with the task.
             _ => {
                 self.end_vm(task.vm.clone()).await;
-                self.tasks.take_vm();
+                self.tasks.take_vm(&task.vm);
             }
         }
-        self.tasks.remove(id);
-        self.events.send(TaskDelete {
-            container_id: id.into(),
-            id: id.into(),
-            pid,
-            exit_status: exit.status,
-            exited_at: Some(watch::timestamp(exit.at)).into(),
-            ..TaskDelete::default()
-        });
-        Ok((pid, exit))
+        self.tasks.remove(task)
     }
 
     /// Makes the pod's VM without a task that stands for it.
@@ -382,9 +402,19 @@ impl Shim {
     }
 
     /// Ends the shim, if it has nothing left to serve.
-    pub(crate) fn shut_down(&self) {
+    pub(crate) fn shut_down(self: &Arc<Self>) {
         if self.tasks.is_empty() {
             self.done.notify_one();
+        } else if self.tasks.vm().is_none() {
+            // Of a containerd that was killed while it made them, there may be tasks that it does not know.
+            let shim = self.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(LAST_TASKS).await;
+                if shim.tasks.vm().is_none() {
+                    warn!("nobody asks for the tasks of a pod that is no more: the shim ends");
+                    shim.done.notify_one();
+                }
+            });
         } else {
             warn!("there are tasks left: the shim goes on");
         }

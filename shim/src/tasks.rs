@@ -175,9 +175,12 @@ impl Tasks {
         }
     }
 
-    /// Forgets a task.
-    pub(crate) fn remove(&self, id: &str) {
-        self.lock().entries.remove(id);
+    /// Forgets a task; false if it is forgotten already. Another one by its name stays.
+    pub(crate) fn remove(&self, task: &Arc<Task>) -> bool {
+        let mut table = self.lock();
+        let is_it =
+            matches!(table.entries.get(&task.id), Some(Entry::Task(found)) if Arc::ptr_eq(found, task));
+        is_it && table.entries.remove(&task.id).is_some()
     }
 
     /// All tasks, the sandbox last: it ends after its containers.
@@ -209,9 +212,9 @@ impl Tasks {
         self.lock().vm.get_or_insert(vm);
     }
 
-    /// Gives the pod's VM up; whoever still holds it, holds one that has ended.
-    pub(crate) fn take_vm(&self) -> Option<Arc<Vm>> {
-        self.lock().vm.take()
+    /// Gives the pod's VM up; whoever still holds it, holds one that has ended. Another one stays.
+    pub(crate) fn take_vm(&self, vm: &Arc<Vm>) -> Option<Arc<Vm>> {
+        self.lock().vm.take_if(|found| Arc::ptr_eq(found, vm))
     }
 }
 

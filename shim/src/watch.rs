@@ -119,6 +119,11 @@ pub(crate) async fn handle(shim: Arc<Shim>, mut notices: mpsc::UnboundedReceiver
     }
 }
 
+/// A process whose VM ended before it was known to have it.
+pub(crate) fn went_with_vm(shim: &Arc<Shim>, task: &Arc<Task>, exec: &str) {
+    exited(shim, task, exec, Exit::now(WITH_VM));
+}
+
 fn exited(shim: &Arc<Shim>, task: &Arc<Task>, exec: &str, exit: Exit) {
     let Ok(process) = task.process(exec) else { return };
     if process.exited(exit) {
