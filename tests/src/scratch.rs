@@ -3,6 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// Names of all of them begin so.
+pub(crate) const PREFIX: &str = "krx-test-";
+
 /// Under `/tmp`, so that socket paths stay short.
 #[derive(Debug)]
 pub struct Scratch(PathBuf);
@@ -22,7 +25,7 @@ impl Scratch {
     #[must_use]
     pub fn under(directory: &Path) -> Self {
         // Not of PIDs: those of an emulated host are those of the one before.
-        Self(nix::unistd::mkdtemp(&directory.join("krx-test-XXXXXX")).expect("scratch directory"))
+        Self(nix::unistd::mkdtemp(&directory.join(format!("{PREFIX}XXXXXX"))).expect("scratch directory"))
     }
 
     #[must_use]

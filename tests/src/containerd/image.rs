@@ -16,6 +16,8 @@ use super::tools::Tools;
 pub const SMALL: &str = "krx.test/small:1";
 /// All of target/guest/python-rootfs.
 pub const PYTHON: &str = "krx.test/python:1";
+/// All of target/guest/software-rootfs: redis, PostgreSQL and nginx.
+pub const SOFTWARE: &str = "krx.test/software:1";
 
 /// Of the Debian root file system, what the small image has.
 const PROGRAMS: &str = "dash cat chmod df echo env grep head hostname id ls mkdir mknod mount rm sed sleep stat stty tail touch true tty";
@@ -83,12 +85,25 @@ pub fn small(tools: &Tools, at: &Path) {
 /// # Panics
 /// When the root file system is not built.
 pub fn python(tools: &Tools, at: &Path) {
+    tree(&tools.built("guest/python-rootfs", "make rootfs"), PYTHON, &["python3"], at);
+}
+
+/// Writes the archive of the image with servers.
+///
+/// # Panics
+/// When the root file system is not built.
+pub fn software(tools: &Tools, at: &Path) {
+    tree(&tools.built("guest/software-rootfs", "make rootfs"), SOFTWARE, &["sh"], at);
+}
+
+/// Writes the archive of an image that is a directory.
+fn tree(root: &Path, name: &str, command: &[&str], at: &Path) {
     let layer = at.with_extension("layer");
     let mut tar = Builder::new(BufWriter::new(File::create(&layer).expect("layer")));
     tar.follow_symlinks(false);
-    tar.append_dir_all(".", tools.built("guest/python-rootfs", "make rootfs")).expect("root file system");
+    tar.append_dir_all(".", root).expect("root file system");
     finish(tar);
-    archive(PYTHON, &["python3"], &layer, at);
+    archive(name, command, &layer, at);
 }
 
 fn finish(tar: Builder<BufWriter<File>>) {

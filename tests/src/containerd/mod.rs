@@ -10,6 +10,7 @@ pub mod suite;
 pub mod tools;
 
 use std::fs::{self, File};
+use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
@@ -97,7 +98,12 @@ impl Engine {
 
     fn write_configuration(&self) {
         let at = self.scratch.path().display();
-        let cni = self.tools.cni();
+        // Links, beside which a test may have plugins of its own.
+        let cni = self.scratch.join("cni-bin");
+        fs::create_dir_all(&cni).expect("directory of the CNI plugins");
+        for plugin in fs::read_dir(self.tools.cni()).expect("CNI plugins").flatten() {
+            symlink(plugin.path(), cni.join(plugin.file_name())).expect("CNI plugin");
+        }
         self.scratch.write("config.toml", format!(
 r#"version = 2
 root = "{at}/root"
@@ -162,16 +168,28 @@ container_annotations = ["io.krx.*", "krx.*"]
         assert!(ready.is_some(), "containerd is not ready: {last}{}", self.last_words());
     }
 
-    /// Imports an archive for the CRI plugin and for `ctr`'s own namespace, and waits until the former knows it.
+    /// Imports an archive for the CRI plugin and for `ctr`'s own namespace.
     ///
     /// # Panics
     /// When containerd refuses it.
     pub fn import(&self, archive: &Path) {
-        let archive = archive.to_string_lossy();
-        for namespace in ["k8s.io", "default"] {
+        self.import_into(&["k8s.io", "default"], archive);
+    }
+
+    /// Imports an archive for the CRI plugin alone: a large one costs seconds each time.
+    ///
+    /// # Panics
+    /// When containerd refuses it.
+    pub fn import_for_pods(&self, archive: &Path) {
+        self.import_into(&["k8s.io"], archive);
+    }
+
+    fn import_into(&self, namespaces: &[&str], file: &Path) {
+        let archive = file.to_string_lossy();
+        for namespace in namespaces {
             finish(&mut self.ctr(&["-n", namespace, "images", "import", &archive]), b"").ok();
         }
-        fs::remove_file(&*archive).expect("archive");
+        fs::remove_file(file).expect("archive");
     }
 
     /// Ends containerd by a signal, but not its shims, and waits for it.

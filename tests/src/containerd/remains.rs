@@ -7,12 +7,19 @@ use std::time::Duration;
 
 use crate::cri::pod::CGROUPS;
 use crate::pod::until;
+use crate::scratch::PREFIX;
 
 /// Names of processes (15 bytes, `proc(5)`): containerd itself is not among them.
 const PROCESSES: [&str; 6] = ["krx", "krx-vmm", "containerd-shim", "runc", "runc:[2:INIT]", "workload"];
 /// Directories whose files are the pods': sockets, state, network namespaces.
 const DIRECTORIES: [&str; 5] =
     ["/run/krx", "/run/containerd", "/run/netns", "/var/lib/krx", "/var/lib/cni/results"];
+/// Directories of a containerd of the tests whose directories, by namespace or kind, are tasks', pods' and containers'.
+const BUNDLES: [&str; 3] = [
+    "state/io.containerd.runtime.v2.task",
+    "state/io.containerd.grpc.v1.cri",
+    "root/io.containerd.grpc.v1.cri",
+];
 /// Beneath these, mounts are looked at.
 const MOUNTS: [&str; 4] = ["/run/", "/var/", "/tmp/", "/dev/"];
 /// Longest that what ends may take to be gone.
@@ -23,7 +30,7 @@ const GONE: Duration = Duration::from_secs(30);
 pub struct Remains(BTreeSet<String>);
 
 impl Remains {
-    /// What is there now. `scratch` is containerd's own, where only mounts are the pods'.
+    /// What is there now.
     #[must_use]
     pub fn now() -> Self {
         let mut found = BTreeSet::new();
@@ -45,6 +52,7 @@ impl Remains {
             walk(Path::new(directory), "file", &mut found);
         }
         walk(Path::new(CGROUPS), "cgroup", &mut found);
+        bundles(&mut found);
         Self(found)
     }
 
@@ -67,6 +75,18 @@ fn processes(found: &mut BTreeSet<String>) {
         let comm = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
         if PROCESSES.contains(&comm.trim()) {
             found.insert(format!("process {} {}", comm.trim(), process.file_name().display()));
+        }
+    }
+}
+
+/// What containerd has of tasks, and the CRI plugin of pods and containers.
+fn bundles(found: &mut BTreeSet<String>) {
+    let entries = |directory: &Path| fs::read_dir(directory).into_iter().flatten().flatten();
+    for scratch in
+        entries(Path::new("/run")).filter(|entry| entry.file_name().to_string_lossy().starts_with(PREFIX))
+    {
+        for kind in BUNDLES.iter().flat_map(|bundles| entries(&scratch.path().join(bundles))) {
+            found.extend(entries(&kind.path()).map(|bundle| format!("bundle {}", bundle.path().display())));
         }
     }
 }
