@@ -49,8 +49,10 @@ lint: setup ## Formatting, clippy, licences and advisories (where cargo-deny is 
 
 check: lint test ## What CI runs
 
-bench: build rootfs ## Boot latency in counted time, in the emulated host
-	@cargo bench --locked -p benches --bench boot -- --icount $(BENCH)
+bench: build rootfs containerd ## Latency and memory in counted time, in the emulated host; BENCH=boot or BENCH=containerd alone, ARGS="--runs N"
+	@scripts/workload
+	@failed=; for bench in $(or $(BENCH),boot containerd); do \
+		cargo bench --locked -p benches --bench $$bench -- --icount $(ARGS) || failed="$$failed $$bench"; done; [ -z "$$failed" ]
 
 fuzz: setup ## Every fuzz target for TIME=60 seconds (libFuzzer; needs g++)
 	@fuzz/run $(or $(TIME),60)

@@ -5,22 +5,16 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 use benches::exits;
 use benches::host::{self, Memory};
+use benches::launch::{self, Options, ReportFile};
 use benches::report::{Report, Row};
 use benches::resident::Resident;
 use benches::start::{self, Programs, Qemu, SPAWNED, Start};
 use benches::tracing::{Event, Recording};
-
-const USAGE: &str = "\
-Usage: cargo bench -p benches --bench boot -- [--icount] [--runs N]
-
-  --icount   count instructions as time, in an emulated host (tests/kvm-host)
-  --runs N   samples of each figure (5)";
 
 /// MiB of guest memory measured.
 const SIZES: [u64; 2] = [128, 1024];
@@ -37,69 +31,9 @@ const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 const QEMU_SECONDS: u64 = 5;
 /// Boots of QEMU for one that is measured, at the most.
 const QEMU_ATTEMPTS: usize = 12;
-/// Set for the copy of this program that measures.
-const REVISION: &str = "KRX_BENCH_REVISION";
 
 fn main() -> ExitCode {
-    let outcome = parse().and_then(|options| match std::env::var(REVISION) {
-        Ok(revision) => measure(&options, &revision).map_err(|error| error.to_string()),
-        Err(_) => Err(launch(&options).to_string()),
-    });
-    match outcome {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("boot: {error}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-struct Options {
-    icount: bool,
-    runs: usize,
-}
-
-fn parse() -> Result<Options, String> {
-    let mut options = Options { icount: false, runs: 5 };
-    let mut arguments = std::env::args().skip(1);
-    while let Some(argument) = arguments.next() {
-        match argument.as_str() {
-            // Cargo's own.
-            "--bench" => {}
-            "--icount" => options.icount = true,
-            "--runs" => {
-                let number = arguments.next().and_then(|number| number.parse().ok());
-                options.runs = number.filter(|runs| (1..=100).contains(runs)).ok_or(USAGE)?;
-            }
-            other => return Err(format!("unknown argument {other}\n{USAGE}")),
-        }
-    }
-    Ok(options)
-}
-
-/// Becomes the program that measures, on a host whose KVM runs Linux; returns only when it cannot.
-fn launch(options: &Options) -> io::Error {
-    let root = host::root();
-    let program = match std::env::current_exe() {
-        Ok(program) => program,
-        Err(error) => return error,
-    };
-    let mut command = Command::new(root.join("tests/kvm-host"));
-    if options.icount {
-        command.arg("--icount");
-    }
-    command.args(["--timeout", "1500", "--"]).arg(program).args(["--runs", &options.runs.to_string()]);
-    command.env(REVISION, revision(&root)).exec()
-}
-
-fn revision(root: &Path) -> String {
-    let git = |arguments: &[&str]| {
-        let output = Command::new("git").arg("-C").arg(root).args(arguments).output().ok()?;
-        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_string())
-    };
-    let revision = git(&["rev-parse", "--short=12", "HEAD"]).unwrap_or_else(|| "unknown".into());
-    let changed = git(&["status", "--porcelain", "--untracked-files=no"]).is_none_or(|text| !text.is_empty());
-    if changed { format!("{revision}-dirty") } else { revision }
+    launch::main("boot", measure)
 }
 
 fn measure(options: &Options, revision: &str) -> io::Result<ExitCode> {
@@ -116,17 +50,7 @@ fn measure(options: &Options, revision: &str) -> io::Result<ExitCode> {
         row.budget = budget(&row.name, &row.unit);
     }
     let report = Report { bench: "boot".into(), revision: revision.into(), unit: unit.into(), rows };
-    print!("boot latency of {revision}, {} runs\n{}", options.runs, report.table());
-    let path = host::root().join(format!("target/bench/boot-{revision}-{unit}.json"));
-    std::fs::create_dir_all(path.parent().unwrap_or(&path))?;
-    std::fs::write(&path, serde_json::to_vec_pretty(&report)?)?;
-    println!("report: {}", path.display());
-    let over = report.over_budget();
-    if over.is_empty() {
-        return Ok(ExitCode::SUCCESS);
-    }
-    eprintln!("boot: over budget: {}", over.join(", "));
-    Ok(ExitCode::FAILURE)
+    ReportFile::create(&report.bench, revision, unit)?.publish(&report)
 }
 
 /// Milliseconds have none: they are those of the machine.

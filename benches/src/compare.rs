@@ -9,7 +9,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [a, b] = arguments.as_slice() else {
         eprintln!(
-            "Usage: benches/compare A B\nA, B: a report of target/bench/, or the revision it was made of"
+            "Usage: benches/compare A B\nA, B: a report of target/bench/, the revision it was made of, or containerd-REVISION"
         );
         return ExitCode::from(2);
     };
@@ -39,10 +39,13 @@ fn find(name: &str) -> Result<PathBuf, String> {
     }
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/bench");
     let entries = std::fs::read_dir(&directory).into_iter().flatten().flatten();
-    let wanted = format!("boot-{name}");
+    let wanted = [format!("boot-{name}"), name.to_string()];
     let mut found: Vec<_> = entries
         .map(|entry| entry.path())
-        .filter(|path| path.file_name().is_some_and(|file| file.to_string_lossy().starts_with(&wanted)))
+        .filter(|path| {
+            let file = path.file_name().unwrap_or_default().to_string_lossy();
+            wanted.iter().any(|wanted| file.starts_with(wanted))
+        })
         .collect();
     found.sort();
     match found.as_slice() {

@@ -3,7 +3,9 @@
 
 pub mod exits;
 pub mod host;
+pub mod launch;
 pub mod report;
 pub mod resident;
+pub mod root;
 pub mod start;
 pub mod tracing;

@@ -33,6 +33,15 @@ pub fn of(pid: u32, guest_mib: u64) -> io::Result<Resident> {
     Ok(Resident { guest_kib, beyond_kib: total - guest_kib })
 }
 
+/// KiB of proportional set size of process `pid`, all of it.
+///
+/// # Errors
+/// The process is gone.
+pub fn all_kib(pid: u32) -> io::Result<u64> {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    Ok(mappings(&smaps).iter().map(|mapping| mapping.pss_kib).sum())
+}
+
 /// Guest memory is one range of addresses, in several mappings where a file lies in it.
 fn guest_kib(mappings: &[Mapping], bytes: u64) -> Option<u64> {
     let mut chain: Vec<Mapping> = Vec::new();

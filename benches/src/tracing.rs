@@ -70,7 +70,7 @@ impl Recording {
 impl Drop for Recording {
     fn drop(&mut self) {
         let _ = self.write("tracing_on", "0");
-        let _ = self.write("events/kvm/enable", "0");
+        let _ = self.write("events/enable", "0");
         let _ = self.write("trace", "");
     }
 }

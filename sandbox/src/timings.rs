@@ -74,6 +74,14 @@ impl Timings {
         table
     }
 
+    /// One line of text, for a log: `NAME @NANOSECONDS, ...`.
+    #[must_use]
+    pub fn line(&self) -> String {
+        let phases = self.phases();
+        let phases = phases.iter().map(|phase| format!("{} @{}", phase.name, phase.monotonic_ns));
+        phases.collect::<Vec<_>>().join(", ")
+    }
+
     /// One line of JSON: `{"phases":[{"name":...,"monotonic_ns":...,"ms":...},...]}`.
     #[must_use]
     pub fn json(&self) -> String {
@@ -126,6 +134,11 @@ mod tests {
         let value: serde_json::Value = serde_json::from_str(&json).unwrap();
         assert_eq!(value["phases"][0]["name"], "process start");
         assert_eq!(value["phases"][1]["ms"], 0.0005);
+    }
+
+    #[test]
+    fn a_line_has_all_phases() {
+        assert_eq!(timings().line(), "process start @7000000000, first output byte @7000000500");
     }
 
     #[test]

@@ -10,6 +10,7 @@ use krx_proto::ProcessSpec;
 use krx_sandbox::bundle::{self, PodNamespaces};
 use krx_sandbox::container::Container;
 use krx_sandbox::share::{Placed, Prepared};
+use krx_sandbox::timings::Timings;
 
 use crate::config_json::{ConfigJson, Role};
 use crate::error::{Result, ShimError};
@@ -25,6 +26,8 @@ pub(crate) struct Order {
     /// The snapshotter's mounts; empty for a root that is there already.
     pub(crate) rootfs: Vec<Mount>,
     pub(crate) stdio: Stdio,
+    /// Of its making.
+    pub(crate) timings: Timings,
 }
 
 /// A container in the guest, whose first process waits for its start.
@@ -39,12 +42,14 @@ pub(crate) struct Made {
 /// container more.
 pub(crate) fn make(order: &Order, vm: Option<Arc<Vm>>) -> Result<(Arc<Vm>, Option<Made>)> {
     let config = ConfigJson::read(&order.bundle)?;
+    order.timings.mark("config.json read");
     match (&config.role, vm) {
         (Role::Sandbox, None) => {
             // What the pod cannot have is refused now, as its containers could not be told of it.
             bundle::read_in_pod(&order.id, &order.bundle, &first(&config))?;
-            let vm = Vm::boot(&order.namespace, &order.id, &config)?;
+            let vm = Vm::boot(&order.namespace, &order.id, &config, &order.timings)?;
             vm.pod.identify(config.hostname, config.sysctls)?;
+            order.timings.mark("guest has its name and network");
             Ok((Arc::new(vm), None))
         }
         (Role::Single, None) => single(order, &config),
@@ -74,8 +79,8 @@ fn first(config: &ConfigJson) -> PodNamespaces {
 fn single(order: &Order, config: &ConfigJson) -> Result<(Arc<Vm>, Option<Made>)> {
     let mut container = bundle::read_in_pod(&order.id, &order.bundle, &first(config))?;
     let (vm, prepared) = thread::scope(|scope| {
-        let preparing = scope.spawn(|| prepare(&mut container, &order.rootfs));
-        let vm = Vm::boot(&order.namespace, &order.id, config);
+        let preparing = scope.spawn(|| prepare(&mut container, order));
+        let vm = Vm::boot(&order.namespace, &order.id, config, &order.timings);
         let prepared = preparing.join().unwrap_or_else(|_| Err(ShimError::internal("Mounting has failed")));
         (vm, prepared)
     });
@@ -86,15 +91,17 @@ fn single(order: &Order, config: &ConfigJson) -> Result<(Arc<Vm>, Option<Made>)>
 
 fn member(order: &Order, vm: &Vm) -> Result<Made> {
     let mut container = bundle::read_in_pod(&order.id, &order.bundle, &vm.namespaces())?;
-    let prepared = prepare(&mut container, &order.rootfs)?;
+    let prepared = prepare(&mut container, order)?;
     finish(order, container, prepared, vm)
 }
 
-fn prepare(container: &mut Container, rootfs: &[Mount]) -> Result<Prepared> {
+fn prepare(container: &mut Container, order: &Order) -> Result<Prepared> {
     // The host's CPUs are not the guest's, and the kubelet's CPU manager knows those of the host.
     container.spec.resources.cpuset_cpus = None;
     container.spec.resources.cpuset_mems = None;
-    Ok(Prepared::new(container, |root| mount_all(rootfs, root))?)
+    let prepared = Prepared::new(container, |root| mount_all(&order.rootfs, root))?;
+    order.timings.mark("files ready");
+    Ok(prepared)
 }
 
 fn mount_all(mounts: &[Mount], root: &Path) -> containerd_shim::Result<()> {
@@ -113,11 +120,15 @@ fn mount_all(mounts: &[Mount], root: &Path) -> containerd_shim::Result<()> {
 fn finish(order: &Order, mut container: Container, prepared: Prepared, vm: &Vm) -> Result<Made> {
     container.spec.process.stdin = !order.stdio.stdin.is_empty();
     let placed = vm.place(prepared)?;
+    order.timings.mark("files in the share");
     vm.volumes.add(&container);
     let made = || -> Result<Connected> {
         let process = vm.pod.create(&container.spec)?;
+        order.timings.mark("container created");
         // A guest that does not take connections is not to be dealt with any longer; its containers go with it.
-        Ok(order.stdio.connect(&process)?)
+        let connected = order.stdio.connect(&process)?;
+        order.timings.mark("streams connected");
+        Ok(connected)
     };
     match made() {
         Ok(connected) => Ok(Made { spec: container.spec.process, placed, connected }),

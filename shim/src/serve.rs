@@ -15,6 +15,7 @@ use containerd_shim_protos::shim_async::create_task;
 use containerd_shim_protos::ttrpc::r#async::transport::Listener;
 use containerd_shim_protos::ttrpc::r#async::{Server, Service as Methods};
 use krx_sandbox::settings::Settings;
+use krx_sandbox::timings::monotonic_ns;
 use nix::fcntl::OFlag;
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::dup2_stderr;
@@ -93,6 +94,7 @@ async fn run(flags: &Flags, listener: UnixListener, address: &str) -> Result<(),
         events,
         notices,
         done: Notify::new(),
+        served_since: monotonic_ns(),
     });
     let watching = tokio::spawn(watch::handle(shim.clone(), waiting));
     let listener = Listener::try_from(listener).map_err(ServeError::Listener)?;

@@ -16,6 +16,7 @@ use containerd_shim_protos::shim_async::Task;
 use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::r#async::TtrpcContext;
 use krx_proto::TerminalSize;
+use krx_sandbox::timings::Timings;
 use log::{debug, warn};
 
 use crate::error::{Result, ShimError};
@@ -46,6 +47,8 @@ impl Task for Service {
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
         let id = request.id.clone();
+        let timings = Timings::default();
+        timings.mark("create asked");
         let created = async {
             if !request.checkpoint.is_empty() || !request.parent_checkpoint.is_empty() {
                 return Err(ShimError::unimplemented("A task cannot be made from a checkpoint"));
@@ -57,7 +60,7 @@ impl Task for Service {
                 stderr: request.stderr,
             };
             let (namespace, bundle) = (self.0.namespace.clone(), request.bundle.into());
-            let order = Order { namespace, id: request.id, bundle, rootfs: request.rootfs, stdio };
+            let order = Order { namespace, id: request.id, bundle, rootfs: request.rootfs, stdio, timings };
             let pid = self.0.create(order).await?;
             Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
         };
@@ -65,7 +68,11 @@ impl Task for Service {
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        let timings = Timings::default();
+        timings.mark("start asked");
         let started = self.0.start(&request.id, &request.exec_id).await;
+        timings.mark("started");
+        debug!("timings of start {}: {}", request.id, timings.line());
         answered("start", &request.id, started.map(|pid| StartResponse { pid, ..StartResponse::default() }))
     }
 

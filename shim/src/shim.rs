@@ -11,7 +11,8 @@ use containerd_shim_protos::events::task::{
 use krx_proto::{Answer, ErrorKind, Request, Stats, TerminalSize};
 use krx_sandbox::agent::CallError;
 use krx_sandbox::bundle;
-use log::{info, warn};
+use krx_sandbox::timings::Timings;
+use log::{Level, debug, info, log_enabled, warn};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::spawn_blocking;
 
@@ -46,6 +47,21 @@ pub(crate) struct Shim {
     pub(crate) notices: mpsc::UnboundedSender<Notice>,
     /// Told when the shim is to end.
     pub(crate) done: Notify,
+    /// When it began to serve (`CLOCK_MONOTONIC`).
+    pub(crate) served_since: u64,
+}
+
+/// Logs where the time of a task's making went, with that of its pod if it was made, too.
+fn tell_timings(timings: &Timings, task: &Task, served_since: Option<u64>) {
+    // What costs a round trip to the VMM is only done for who reads it.
+    if !log_enabled!(Level::Debug) {
+        return;
+    }
+    if let Some(since) = served_since {
+        timings.add("shim serves", since);
+        task.vm.pod.collect_timings(timings);
+    }
+    debug!("timings of create {}: {}", task.id, timings.line());
 }
 
 /// What is known of a process.
@@ -109,6 +125,8 @@ impl Shim {
             pid: vm.pid(),
             ..TaskCreate::default()
         });
+        order.timings.mark("created");
+        tell_timings(&order.timings, &task, made_first.then_some(self.served_since));
         info!("task {} is created, in VM {}", task.id, vm.pid());
         Ok(vm.pid())
     }
@@ -256,7 +274,7 @@ impl Shim {
     pub(crate) async fn start_vm(&self, id: &str, config: ConfigJson) -> Result<Arc<Vm>> {
         let (namespace, id) = (self.namespace.clone(), id.to_string());
         let boot = move || {
-            let vm = Vm::boot(&namespace, &id, &config)?;
+            let vm = Vm::boot(&namespace, &id, &config, &Timings::default())?;
             vm.pod.identify(config.hostname, config.sysctls)?;
             Ok(vm)
         };

@@ -62,7 +62,7 @@ pub(crate) fn pod_name(namespace: &str, id: &str) -> String {
 
 impl Vm {
     /// Boots a VM; blocks until its agent is ready.
-    pub(crate) fn boot(namespace: &str, id: &str, config: &ConfigJson) -> Result<Self> {
+    pub(crate) fn boot(namespace: &str, id: &str, config: &ConfigJson, timings: &Timings) -> Result<Self> {
         let cgroup = config.cgroup.as_deref().and_then(enter);
         let settings = Settings::load().map_err(|error| ShimError::wrong_state(chain(&error)))?;
         let artifacts =
@@ -79,7 +79,7 @@ impl Vm {
             share: Vec::new(),
             netns: config.netns.clone(),
         };
-        let pod = Pod::boot(&StateRoot::from_env(), pod_config, &Timings::default(), |_| ())?;
+        let pod = Pod::boot(&StateRoot::from_env(), pod_config, timings, |_| ())?;
         pod.publish(None)?;
         let volumes = Volumes::of(&pod.agent());
         Ok(Self {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         ("stats_are_there_and_grow", stats),
         ("a_container_over_its_memory_is_oom_killed", oom),
         ("resources_are_updated", update),
+        ("a_full_pod_stays_within_its_limit_and_overhead", full),
         ("volumes_of_files_that_change", config_map),
         ("host_paths_and_empty_directories", host_paths),
         ("environment_user_and_groups", identity),
@@ -169,6 +171,30 @@ fn oom(engine: &Engine) {
     let fine = pod.container("fine", &["workload", "allocate", "16"]).memory(64 * MIB).start();
     fine.wait_for("allocated");
     assert_eq!(fine.status().state, CONTAINER_RUNNING);
+}
+
+/// What the RuntimeClass says that a pod takes beside its limits.
+fn overhead() -> i64 {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dist/runtimeclass.yaml");
+    let manifest = fs::read_to_string(manifest).expect("RuntimeClass");
+    let memory = manifest.lines().find_map(|line| line.trim().strip_prefix("memory: ")?.strip_suffix("Mi"));
+    memory.and_then(|mib| mib.parse().ok()).expect("overhead.podFixed.memory")
+}
+
+/// The kubelet limits a pod's cgroup to the sum of both.
+fn full(engine: &Engine) {
+    let limit = Resources { memory_limit: 256 * MIB, ..Resources::default() };
+    let mut plan = PodPlan::new(engine, "full");
+    plan.linux().resources = Some(limit.clone());
+    let pod = plan.run();
+    let allowed = if engine.is_krx() { 256 + overhead() } else { 256 };
+    fs::write(pod.cgroup().join("memory.max"), (allowed * MIB).to_string()).expect("memory.max");
+    // The rest is the kernel's, for the container.
+    let container = pod.container("main", &["workload", "allocate", "240"]).resources(limit).start();
+    container.wait_for("allocated 240 MiB");
+    let events = fs::read_to_string(pod.cgroup().join("memory.events")).expect("memory.events");
+    assert!(events.lines().any(|line| line == "oom_kill 0"), "{events}");
+    assert_eq!(container.status().state, CONTAINER_RUNNING);
 }
 
 fn update(engine: &Engine) {

@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use benches::resident::beyond_guest_kib;
+use benches::resident;
 use nix::pty::{Winsize, openpty};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -67,7 +67,7 @@ fn large_input_comes_back_whole_to_a_slow_reader_without_memory_growth() {
             thread::sleep(Duration::from_millis(300));
             let vmm = *vmm.get_or_insert_with(|| place.vmm_pid("cat").unsigned_abs());
             // Gone when all is in the pipes.
-            let beyond = beyond_guest_kib(vmm, 256).unwrap_or_default();
+            let beyond = resident::of(vmm, 256).map_or(0, |weight| weight.beyond_kib);
             peak = (peak.0.max(resident_kib(krx.id())), peak.1.max(beyond));
         }
         total += read;

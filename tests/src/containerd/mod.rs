@@ -51,6 +51,18 @@ pub struct Runtime {
 pub const KRX: Runtime = Runtime { handler: "krx", kind: "io.containerd.krx.v2" };
 pub const RUNC: Runtime = Runtime { handler: "runc", kind: "io.containerd.runc.v2" };
 
+/// What a containerd is started with.
+#[derive(Debug)]
+pub struct Setup {
+    pub tools: Tools,
+    /// Of pods and containers for which no other is named.
+    pub runtime: Runtime,
+    /// Level of its log, which is its shims', too.
+    pub log: String,
+    /// The small image, which is made without one.
+    pub image: Option<PathBuf>,
+}
+
 /// A containerd that runs.
 #[derive(Debug)]
 pub struct Engine {
@@ -69,12 +81,22 @@ impl Engine {
     /// When something is not built, or containerd is not ready in time.
     #[must_use]
     pub fn start() -> Self {
-        let tools = Tools::find();
         let runtime = match std::env::var("KRX_TEST_RUNTIME").as_deref() {
             Ok("runc") => RUNC,
             Ok("krx") | Err(_) => KRX,
             Ok(other) => panic!("KRX_TEST_RUNTIME is krx or runc, not {other}"),
         };
+        let log = std::env::var("KRX_TEST_LOG").unwrap_or_else(|_| "info".into());
+        Self::start_with(Setup { tools: Tools::find(), runtime, log, image: None })
+    }
+
+    /// As [`Self::start`].
+    ///
+    /// # Panics
+    /// As [`Self::start`].
+    #[must_use]
+    pub fn start_with(setup: Setup) -> Self {
+        let Setup { tools, runtime, log, image } = setup;
         if runtime == KRX {
             let _ = tools.built("release/containerd-shim-krx-v2", "make build");
         }
@@ -88,15 +110,18 @@ impl Engine {
         // Above all pods', so that none is the first to make it.
         let cgroup = Path::new(CGROUPS).join(engine.cgroup().trim_start_matches('/'));
         fs::create_dir(cgroup).expect("cgroup of the pods");
-        engine.write_configuration();
+        engine.write_configuration(&log);
         engine.spawn();
-        let archive = engine.scratch.join("small.tar");
-        image::small(&engine.tools, &archive);
+        let archive = image.unwrap_or_else(|| {
+            let archive = engine.scratch.join("small.tar");
+            image::small(&engine.tools, &archive);
+            archive
+        });
         engine.import(&archive);
         engine
     }
 
-    fn write_configuration(&self) {
+    fn write_configuration(&self, level: &str) {
         let at = self.scratch.path().display();
         // Links, beside which a test may have plugins of its own.
         let cni = self.scratch.join("cni-bin");
@@ -134,8 +159,7 @@ runtime_type = "{krx}"
 privileged_without_host_devices = true
 pod_annotations = ["io.krx.*", "krx.*"]
 container_annotations = ["io.krx.*", "krx.*"]
-"#, cni = cni.display(), runc = RUNC.kind, krx = KRX.kind,
-    level = std::env::var("KRX_TEST_LOG").unwrap_or_else(|_| "info".into())));
+"#, cni = cni.display(), runc = RUNC.kind, krx = KRX.kind));
         let network = serde_json::json!({
             "cniVersion": "0.4.0", "name": "krx-test",
             "plugins": [
@@ -210,6 +234,12 @@ container_annotations = ["io.krx.*", "krx.*"]
         self.spawn();
     }
 
+    /// The same with another level of its log.
+    pub fn start_again_logging(&self, level: &str) {
+        self.write_configuration(level);
+        self.spawn();
+    }
+
     /// Of containerd's own process, while it runs.
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
@@ -247,7 +277,9 @@ container_annotations = ["io.krx.*", "krx.*"]
         self.scratch.join("containerd.sock")
     }
 
-    fn log(&self) -> PathBuf {
+    /// containerd's log, with its shims'.
+    #[must_use]
+    pub fn log(&self) -> PathBuf {
         self.scratch.join("containerd.log")
     }
 

@@ -19,7 +19,15 @@ impl Tools {
     #[must_use]
     pub fn find() -> Self {
         let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target").canonicalize();
-        let target = target.expect("target directory: run make build");
+        Self::of(target.expect("target directory: run make build"))
+    }
+
+    /// Those of another `target` directory.
+    ///
+    /// # Panics
+    /// When they are not there.
+    #[must_use]
+    pub fn of(target: PathBuf) -> Self {
         let tree = target.join("containerd");
         assert!(
             tree.join("usr/bin/containerd").exists(),

@@ -12,7 +12,7 @@ use super::messages::{
     PodStatus, PodStatusAnswer, PortForward, PortMapping, RunPod, SecurityProfile, Text,
 };
 use super::stream::Stream;
-use crate::containerd::Engine;
+use crate::containerd::{Engine, Runtime};
 
 /// Where cgroup v2 is.
 pub const CGROUPS: &str = "/sys/fs/cgroup";
@@ -23,6 +23,8 @@ static SERIAL: AtomicU32 = AtomicU32::new(0);
 #[derive(Debug)]
 pub struct PodPlan<'a> {
     engine: &'a Engine,
+    /// The engine's, unless changed.
+    pub runtime: Runtime,
     pub config: PodConfig,
 }
 
@@ -51,7 +53,7 @@ impl<'a> PodPlan<'a> {
             metadata: Some(PodMetadata { name: name.into(), uid, namespace: "default".into(), attempt: 0 }),
             ..Default::default()
         };
-        Self { engine, config }
+        Self { engine, runtime: engine.runtime(), config }
     }
 
     /// # Panics
@@ -95,7 +97,7 @@ impl<'a> PodPlan<'a> {
         let mut pod = Pod { engine: self.engine, id: String::new(), config: self.config, cgroup };
         pod.make_cgroup();
         let request =
-            RunPod { config: Some(pod.config.clone()), runtime_handler: pod.engine.runtime().handler.into() };
+            RunPod { config: Some(pod.config.clone()), runtime_handler: self.runtime.handler.into() };
         pod.id = pod.engine.client().call::<_, Text>("RunPodSandbox", request)?.text;
         Ok(pod)
     }

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 const USAGE: &str =
-    "usage: workload pause | serve PORT TEXT | echo PORT | dial HOST:PORT [TEXT] | allocate MIB";
+    "usage: workload print TEXT | pause | serve PORT TEXT | echo PORT | dial HOST:PORT [TEXT] | allocate MIB";
 /// Of a dialled connection, read and write.
 const DIAL: Duration = Duration::from_secs(20);
 const PAGE: usize = 4096;
@@ -16,6 +16,10 @@ fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
     let words: Vec<_> = arguments.iter().map(String::as_str).collect();
     let done = match words[..] {
+        ["print", text] => {
+            println!("{text}");
+            Ok(())
+        }
         ["pause"] => pause(),
         ["serve", port, text] => serve(port, text),
         ["echo", port] => echo(port),
