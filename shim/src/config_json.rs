@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use krx_sandbox::bundle::{self, BundleError};
 use krx_sandbox::settings::size::{Limits, SizeError};
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, LinuxResources};
+use serde::Deserialize;
 
 /// The annotations by which containerd's CRI plugin and CRI-O tell of pods: of the kind of a container, and of the
 /// id of its pod's sandbox.
@@ -58,36 +59,49 @@ pub(crate) struct ConfigJson {
     pub(crate) limits: Limits,
 }
 
+/// The part of a configuration that is looked at here: it is read by each process of a start, and most of it is a
+/// seccomp profile. Whoever makes the container reads, and judges, all of it.
+#[derive(Default, Deserialize)]
+struct Outline {
+    annotations: Option<HashMap<String, String>>,
+    hostname: Option<String>,
+    linux: Option<OutlineLinux>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct OutlineLinux {
+    namespaces: Option<Vec<LinuxNamespace>>,
+    sysctl: Option<HashMap<String, String>>,
+    resources: Option<LinuxResources>,
+    cgroups_path: Option<PathBuf>,
+}
+
 impl ConfigJson {
     pub(crate) fn read(bundle: &Path) -> Result<Self, ConfigJsonError> {
         let json = bundle::config_json(bundle).map_err(ConfigJsonError::Read)?;
         let failed = |source| ConfigJsonError::Parse { path: bundle.join("config.json"), source };
-        let spec: Spec = serde_json::from_slice(&json).map_err(failed)?;
-        Self::from_spec(&spec)
+        Self::of(serde_json::from_slice(&json).map_err(failed)?)
     }
 
-    fn from_spec(spec: &Spec) -> Result<Self, ConfigJsonError> {
-        let annotations = spec.annotations().clone().unwrap_or_default();
-        let linux = spec.linux().as_ref();
-        let namespaces = linux.and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
-        let network = namespaces.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
-        let sysctls = linux.and_then(|linux| linux.sysctl().as_ref());
-        let resources = linux.and_then(|linux| linux.resources().as_ref());
+    fn of(outline: Outline) -> Result<Self, ConfigJsonError> {
+        let Outline { annotations, hostname, linux } = outline;
+        let annotations = annotations.unwrap_or_default();
+        let OutlineLinux { namespaces, sysctl, resources, cgroups_path } = linux.unwrap_or_default();
+        let network = namespaces.into_iter().flatten().find(|one| one.typ() == LinuxNamespaceType::Network);
         let role = role(&annotations)?;
         let limits = match role {
-            Role::Single => resources.map(Limits::of_container).unwrap_or_default(),
+            Role::Single => resources.as_ref().map(Limits::of_container).unwrap_or_default(),
             Role::Sandbox | Role::Member(_) => {
                 Limits::of_sandbox(&annotations).map_err(ConfigJsonError::Limits)?
             }
         };
         Ok(Self {
             role,
-            hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
-            sysctls: sysctls.into_iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect(),
+            hostname: hostname.filter(|name| !name.is_empty()),
+            sysctls: sysctl.into_iter().flatten().collect(),
             netns: network.and_then(|network| network.path().clone()).filter(|p| !p.as_os_str().is_empty()),
-            cgroup: linux
-                .and_then(|linux| linux.cgroups_path().clone())
-                .filter(|p| !p.as_os_str().is_empty()),
+            cgroup: cgroups_path.filter(|p| !p.as_os_str().is_empty()),
             limits,
             annotations,
         })
@@ -119,7 +133,7 @@ mod tests {
     fn read(config: serde_json::Value) -> Result<ConfigJson, ConfigJsonError> {
         let mut whole = json!({"ociVersion": "1.0.2", "root": {"path": "rootfs"}});
         whole.as_object_mut().unwrap().extend(config.as_object().unwrap().clone());
-        ConfigJson::from_spec(&serde_json::from_value(whole).unwrap())
+        ConfigJson::of(serde_json::from_value(whole).unwrap())
     }
 
     fn role_of(annotations: serde_json::Value) -> Result<Role, ConfigJsonError> {
