@@ -39,10 +39,25 @@ impl Process {
     /// # Errors
     /// The guest does not take the connection.
     pub fn connect(&self, stream: Stream) -> Result<UnixStream, CallError> {
+        let socket = self.ask_for(stream)?;
+        accepted(&socket, port::STREAM)?;
+        Ok(socket)
+    }
+
+    /// Connects several, in one round trip to the guest.
+    ///
+    /// # Errors
+    /// As [`Self::connect`], of any of them.
+    pub fn connect_all(&self, streams: &[Stream]) -> Result<Vec<UnixStream>, CallError> {
+        let sockets = streams.iter().map(|stream| self.ask_for(*stream)).collect::<Result<Vec<_>, _>>()?;
+        sockets.iter().try_for_each(|socket| accepted(socket, port::STREAM))?;
+        Ok(sockets)
+    }
+
+    fn ask_for(&self, stream: Stream) -> Result<UnixStream, CallError> {
         let mut socket = dial(&self.vsock, port::STREAM)?;
         let (container, process) = (self.container.clone(), self.process.clone());
         write_frame(&mut socket, &StreamHello { container, process, stream }).map_err(CallError::Send)?;
-        accepted(&socket, port::STREAM)?;
         Ok(socket)
     }
 

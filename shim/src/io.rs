@@ -63,7 +63,7 @@ impl Stdio {
         Ok(())
     }
 
-    /// Connects to the streams of a created process; blocks for a round trip to the guest each. A stream that containerd
+    /// Connects to the streams of a created process; blocks for a round trip to the guest. A stream that containerd
     /// does not want is connected, too: a process whose output nobody takes would wait when its pipe is full.
     pub(crate) fn connect(&self, process: &Process) -> std::result::Result<Connected, CallError> {
         if self.terminal {
@@ -71,12 +71,13 @@ impl Stdio {
             let input = output.try_clone().map_err(|_| CallError::Lost)?;
             return Ok(Connected { input: (!self.stdin.is_empty()).then_some(input), output, error: None });
         }
-        let stdin = (!self.stdin.is_empty()).then(|| process.connect(Stream::Stdin)).transpose()?;
-        Ok(Connected {
-            input: stdin,
-            output: process.connect(Stream::Stdout)?,
-            error: Some(process.connect(Stream::Stderr)?),
-        })
+        let input = (!self.stdin.is_empty()).then_some(Stream::Stdin);
+        let streams: Vec<_> = [Stream::Stdout, Stream::Stderr].into_iter().chain(input).collect();
+        let mut sockets = process.connect_all(&streams)?.into_iter();
+        let (Some(output), error) = (sockets.next(), sockets.next()) else {
+            return Err(CallError::Unexpected);
+        };
+        Ok(Connected { input: sockets.next(), output, error })
     }
 
     /// Begins to copy output.
