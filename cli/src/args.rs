@@ -82,6 +82,10 @@ pub(crate) struct Run {
     /// File of the network namespace whose interfaces the pod gets (no network unless given)
     #[arg(long, value_name = "FILE")]
     pub(crate) netns: Option<PathBuf>,
+
+    /// Do not jail the VMM: for debugging, with guests that are trusted as the host's root is
+    #[arg(long)]
+    pub(crate) no_jail: bool,
     /// Guest kernel: a vmlinux or a bzImage
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,

@@ -74,6 +74,9 @@ pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
 /// All that can be known to be right or wrong before anything is started.
 fn plan(arguments: &Run) -> Result<(PodConfig, Container, ExecBase), CliError> {
     arguments.process.check()?;
+    if arguments.no_jail {
+        eprintln!("krx: WARNING: --no-jail: a guest that takes over its VMM is root on this host");
+    }
     let settings = Settings::load()?;
     let vm = &settings.vm;
     let memory = arguments.memory.as_deref().map_or(Ok(vm.memory), parse::memory)?;
@@ -94,6 +97,7 @@ fn plan(arguments: &Run) -> Result<(PodConfig, Container, ExecBase), CliError> {
         boot_timeout: boot_timeout(settings.vm.boot_timeout)?,
         share: container.shared().to_vec(),
         netns: arguments.netns.clone(),
+        jail: !arguments.no_jail,
     };
     Ok((config, container, exec))
 }

@@ -46,12 +46,7 @@ impl Inline {
 }
 
 impl WorkerHost for Inline {
-    fn start(
-        &self,
-        worker: Box<dyn Worker>,
-        _: &dyn Device,
-        _: Interrupt,
-    ) -> Result<Box<dyn Running>, DeviceError> {
+    fn start(&self, worker: Box<dyn Worker>, _: Interrupt) -> Result<Box<dyn Running>, DeviceError> {
         self.set(Some(worker));
         Ok(Box::new(Held(self.clone())))
     }

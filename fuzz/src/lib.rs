@@ -22,7 +22,7 @@ use krx_vmm::config::interface::Mtu;
 use krx_vmm::klog;
 use krx_vmm::virtio::fs::Fs;
 use krx_vmm::virtio::net::Net;
-use krx_vmm::virtio::rng::Rng;
+use krx_vmm::virtio::rng::{self, Rng};
 use krx_vmm::virtio::vsock::Vsock;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -58,7 +58,9 @@ fn with_scratch<T>(action: impl FnOnce(&Scratch) -> T) -> T {
 
 /// A guest at the registers and queues of the entropy device.
 pub fn mmio_rng(data: &[u8]) {
-    device::drive(Box::new(Rng), data, |_| ());
+    if let Ok(source) = rng::open() {
+        device::drive(Box::new(Rng::new(source)), data, |_| ());
+    }
 }
 
 /// The same of the vsock device, with a client of the host that also says what it likes.

@@ -80,6 +80,8 @@ pub struct PodConfig {
     pub share: Vec<ShareEntry>,
     /// File of the network namespace whose interfaces the pod gets; without, it has no network.
     pub netns: Option<PathBuf>,
+    /// The VMM is jailed. Off is for debugging.
+    pub jail: bool,
 }
 
 /// A running pod.
@@ -95,6 +97,7 @@ pub struct Pod {
     directory: StateDir,
     vcpus: u32,
     memory_mib: u64,
+    jail: bool,
 }
 
 impl Pod {
@@ -108,7 +111,7 @@ impl Pod {
         timings: &Timings,
         spawned: impl FnOnce(&Arc<VmmProcess>),
     ) -> Result<Self, PodError> {
-        let PodConfig { vcpus, memory_mib, boot_timeout, .. } = config;
+        let PodConfig { vcpus, memory_mib, boot_timeout, jail, .. } = config;
         let directory = root.create(&config.name).map_err(PodError::State)?;
         let netns = config.netns.clone();
         let network = netns.as_deref().map(Network::attach).transpose().map_err(PodError::Network)?;
@@ -146,6 +149,7 @@ impl Pod {
             directory,
             vcpus,
             memory_mib,
+            jail,
         })
     }
 
@@ -220,7 +224,7 @@ impl Pod {
     /// Where the VMM has the pod's share, in its mount namespace.
     #[must_use]
     pub fn share(&self) -> PathBuf {
-        self.directory.paths().share()
+        if self.jail { krx_vmm::jail::SHARE.into() } else { self.directory.paths().share() }
     }
 
     /// The pod's VMM.
@@ -285,6 +289,7 @@ fn vmm_config(config: PodConfig, paths: &PodPaths, net: Vec<Interface>) -> Confi
         lifeline_fd: None,
         state_dir: Some(paths.directory().into()),
         boot_timeout_ms: u64::try_from(config.boot_timeout.as_millis()).unwrap_or(u64::MAX),
+        jail: config.jail,
     }
 }
 

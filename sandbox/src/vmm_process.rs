@@ -96,6 +96,9 @@ impl fmt::Display for VmmExit {
             Self::Code(7) => "The VM was stopped",
             Self::Code(8) => "The guest reset itself",
             Self::Code(code) => return write!(f, "The VMM failed with exit code {code}"),
+            Self::Signal(libc::SIGSYS) => {
+                "The VMM was killed: it made a system call that its jail forbids (see the kernel's log)"
+            }
             Self::Signal(signal) => return write!(f, "The VMM was killed by signal {signal}"),
         })
     }

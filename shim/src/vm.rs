@@ -78,6 +78,7 @@ impl Vm {
             boot_timeout: settings.vm.boot_timeout,
             share: Vec::new(),
             netns: config.netns.clone(),
+            jail: true,
         };
         let pod = Pod::boot(&StateRoot::from_env(), pod_config, timings, |_| ())?;
         pod.publish(None)?;

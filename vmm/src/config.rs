@@ -56,10 +56,17 @@ pub struct Config {
     /// Milliseconds from the VMM's start until the guest must have reached PID 1; 0 waits for ever.
     #[serde(default = "default_boot_timeout_ms")]
     pub boot_timeout_ms: u64,
+    /// The VMM gives up all that its guest does not need, before the guest runs. Off is for debugging.
+    #[serde(default = "default_jail")]
+    pub jail: bool,
 }
 
 fn default_boot_timeout_ms() -> u64 {
     60_000
+}
+
+fn default_jail() -> bool {
+    true
 }
 
 /// Directory tree shown to the guest over virtio-fs.
@@ -97,6 +104,7 @@ pub struct ValidConfig {
     pub lifeline_fd: Option<RawFd>,
     pub state_dir: Option<PathBuf>,
     pub boot_timeout_ms: u64,
+    pub jail: bool,
 }
 
 /// Why a [`Config`] cannot be run.
@@ -229,6 +237,7 @@ impl Config {
             lifeline_fd: self.lifeline_fd,
             state_dir: self.state_dir,
             boot_timeout_ms: self.boot_timeout_ms,
+            jail: self.jail,
         })
     }
 }

@@ -3,10 +3,9 @@
 //! Each client is served on a short-lived thread of its own, never on the event loop: pausing waits for the vCPUs,
 //! and a vCPU may be waiting for the loop.
 
-use std::fs::File;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -19,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::event_loop::{EventLoop, Stop, on_readable};
 use crate::host_socket::{self, Listener};
+use crate::jail::seccomp::{self, Kind};
 use crate::kvm::vcpu::{PAUSE_LIMIT, Vcpus};
 use crate::machine::Outcome;
 use crate::phase::{self, Reached};
@@ -90,6 +90,7 @@ impl Handles {
         }
         let handles = self.clone();
         let spawned = thread::Builder::new().name("krx-shutdown".into()).spawn(move || {
+            seccomp::confine(Kind::Control);
             // A paused guest cannot hear.
             handles.with_vcpus(Vcpus::resume);
             let pressed = handles.vsock.as_deref().map(press_power_button);
@@ -117,7 +118,7 @@ fn press_power_button(socket: &Path) -> io::Result<UnixStream> {
 /// # Errors
 /// When the loop cannot watch the socket, or the host is out of descriptors.
 pub fn serve_on(event_loop: &mut EventLoop, listener: Listener, handles: Handles) -> io::Result<()> {
-    let spare = Arc::new(Mutex::new(Some(OwnedFd::from(File::open("/dev/null")?))));
+    let spare = Arc::new(Mutex::new(Some(listener.as_fd().try_clone_to_owned()?)));
     let door = Door { handles, clients: Arc::default(), spare };
     // Edge-triggered: a client that cannot be let in does not keep the loop awake.
     let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
@@ -159,6 +160,7 @@ impl Door {
         let (handles, clients, spare) =
             (self.handles.clone(), Arc::clone(&self.clients), Arc::clone(&self.spare));
         let spawned = thread::Builder::new().name("krx-control".into()).spawn(move || {
+            seccomp::confine(Kind::Control);
             // A client that goes away in the middle is its own affair.
             let _ = serve(&client, &handles);
             clients.fetch_sub(1, Ordering::SeqCst);
@@ -234,6 +236,8 @@ fn not_paused() -> Answer {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
     use vmm_sys_util::tempdir::TempDir;
 

@@ -5,16 +5,17 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread;
 
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::jail::seccomp::{self, Kind};
 use crate::sys;
-use crate::virtio::device::{Device, DeviceError, Placement, Worker};
+use crate::virtio::device::{Device, DeviceError, DeviceKind, Placement, Worker};
 use crate::virtio::irq::Interrupt;
 use crate::virtio::mmio::{Running, WorkerHost};
 
@@ -120,34 +121,75 @@ impl Workers {
     pub fn new(event_loop: &EventLoop) -> Self {
         Self { endpoint: event_loop.remote_endpoint() }
     }
+
+    /// The host of one device's workers. A thread that it needs is started now: what starts a worker later is a vCPU,
+    /// which is confined to what a vCPU does, and so would be its threads.
+    ///
+    /// # Errors
+    /// When the host cannot give a thread.
+    pub fn of_device(&self, device: &dyn Device) -> io::Result<DeviceHost> {
+        let name = format!("krx-{}", device.kind().name());
+        match device.placement() {
+            Placement::EventLoop => Ok(DeviceHost::Loop { endpoint: self.endpoint.clone(), name }),
+            Placement::OwnThread => {
+                let kind = if device.kind() == DeviceKind::Net { Kind::Network } else { Kind::Files };
+                let (jobs, work) = mpsc::channel::<Job>();
+                thread::Builder::new().name(name.clone()).spawn(move || {
+                    seccomp::confine(kind);
+                    work.into_iter().for_each(|job| job.run(&name));
+                })?;
+                Ok(DeviceHost::Thread(jobs))
+            }
+        }
+    }
 }
 
-impl WorkerHost for Workers {
-    fn start(
-        &self,
-        worker: Box<dyn Worker>,
-        of: &dyn Device,
-        interrupt: Interrupt,
-    ) -> Result<Box<dyn Running>, DeviceError> {
-        let name = format!("krx-{}", of.kind().name());
-        match of.placement() {
-            Placement::EventLoop => {
+/// Where the workers of one device run, one at a time.
+pub enum DeviceHost {
+    Loop {
+        endpoint: RemoteEndpoint<Subscriber>,
+        name: String,
+    },
+    /// A thread, which ends when this is dropped.
+    Thread(mpsc::Sender<Job>),
+}
+
+/// A worker for a thread.
+pub struct Job {
+    worker: Box<dyn Worker>,
+    stop: EventFd,
+    interrupt: Interrupt,
+    /// Dropped when the worker is.
+    done: mpsc::Sender<()>,
+}
+
+impl Job {
+    fn run(self, name: &str) {
+        let Self { worker, stop, interrupt, done } = self;
+        run_on_thread(worker, &stop, &interrupt, name);
+        drop(done);
+    }
+}
+
+impl WorkerHost for DeviceHost {
+    fn start(&self, worker: Box<dyn Worker>, interrupt: Interrupt) -> Result<Box<dyn Running>, DeviceError> {
+        match self {
+            Self::Loop { endpoint, name } => {
                 let events = Events::new_raw(worker.fd(), EventSet::IN);
-                let subscriber: Subscriber = Box::new(OnLoop { worker: Some(worker), interrupt, name });
-                let id = self
-                    .endpoint
+                let subscriber: Subscriber =
+                    Box::new(OnLoop { worker: Some(worker), interrupt, name: name.clone() });
+                let id = endpoint
                     .call_blocking(move |ops| subscribe(ops, subscriber, events))
                     .map_err(|error| DeviceError::Host(io::Error::other(error)))?;
-                Ok(Box::new(LoopRunning { endpoint: self.endpoint.clone(), id }))
+                Ok(Box::new(LoopRunning { endpoint: endpoint.clone(), id }))
             }
-            Placement::OwnThread => {
+            Self::Thread(jobs) => {
                 let stop = EventFd::new(EFD_NONBLOCK).map_err(DeviceError::Host)?;
                 let stopped = stop.try_clone().map_err(DeviceError::Host)?;
-                let thread = thread::Builder::new()
-                    .name(name.clone())
-                    .spawn(move || run_on_thread(worker, &stopped, &interrupt, &name))
-                    .map_err(DeviceError::Host)?;
-                Ok(Box::new(ThreadRunning { stop, thread: Some(thread) }))
+                let (done, wait) = mpsc::channel();
+                jobs.send(Job { worker, stop: stopped, interrupt, done })
+                    .map_err(|_| DeviceError::Host(io::ErrorKind::BrokenPipe.into()))?;
+                Ok(Box::new(ThreadRunning { stop, done: Mutex::new(wait) }))
             }
         }
     }
@@ -190,7 +232,7 @@ impl Drop for LoopRunning {
 
 struct ThreadRunning {
     stop: EventFd,
-    thread: Option<JoinHandle<()>>,
+    done: Mutex<mpsc::Receiver<()>>,
 }
 
 impl Running for ThreadRunning {}
@@ -198,10 +240,8 @@ impl Running for ThreadRunning {}
 impl Drop for ThreadRunning {
     fn drop(&mut self) {
         let _ = self.stop.write(1);
-        if let Some(thread) = self.thread.take() {
-            // Panics abort the process, so a join cannot fail.
-            let _ = thread.join();
-        }
+        // Nothing is ever sent: it ends when the worker is gone.
+        let _ = self.done.lock().unwrap_or_else(PoisonError::into_inner).recv();
     }
 }
 

@@ -58,8 +58,15 @@ pub enum KlogError {
 /// # Errors
 /// [`KlogError`] when there is no log to be had.
 pub fn read(memory: &GuestMemoryMmap, kernel: &Path) -> Result<String, KlogError> {
-    let image = File::open(kernel).map_err(KlogError::Image)?;
-    read_with(memory, &Symbols::of(&image)?)
+    read_from(memory, &File::open(kernel).map_err(KlogError::Image)?)
+}
+
+/// As [`read`], by an open kernel image.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_from(memory: &GuestMemoryMmap, kernel: &File) -> Result<String, KlogError> {
+    read_with(memory, &Symbols::of(kernel)?)
 }
 
 fn read_with(memory: &GuestMemoryMmap, symbols: &Symbols) -> Result<String, KlogError> {

@@ -1,6 +1,6 @@
 //! The virtual machine monitor of krx: boots one stripped Linux kernel in one micro-VM.
 //!
-//! The way of a start, by file: `main.rs` reads a [`config`] and mounts the [`share`]; [`machine`] is the recipe:
+//! The way of a start, by file: `main.rs` reads a [`config`] and enters the [`jail`] with the [`share`]; [`machine`] is the recipe:
 //! [`memory`], [`kvm`], the kernel and the boot tables ([`arch`]), devices into [`slots`] ([`virtio`],
 //! [`devices`]), vCPUs. From then on vCPU threads reach devices through the [`bus`], and the [`event_loop`] runs
 //! what waits for descriptors, [`control`] requests included ([`host_socket`] has the sockets). [`phase`] notes when
@@ -18,6 +18,7 @@ pub mod devices;
 pub mod event_loop;
 pub mod exit_code;
 pub mod host_socket;
+pub mod jail;
 pub mod klog;
 pub mod kvm;
 pub mod machine;

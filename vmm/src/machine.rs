@@ -1,11 +1,13 @@
 //! The boot recipe, flat and in boot order, and the life of the machine until its guest ends.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use event_manager::EventSet;
+use kvm_ioctls::Kvm;
 use linux_loader::cmdline::Cmdline;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -21,13 +23,17 @@ use crate::devices::power::{BootMark, PowerOff, ResetControl};
 use crate::devices::serial::Console;
 use crate::event_loop::{EventLoop, Stop, Workers, on_readable};
 use crate::host_socket::{BindError, Listener};
+use crate::jail::janitor::Janitor;
+use crate::jail::seccomp::{self, Kind};
+use crate::klog::{self, KlogError};
 use crate::kvm::exit::Crash;
 use crate::kvm::vcpu::{Vcpu, Vcpus};
-use crate::kvm::vm::{KvmError, Vm};
+use crate::kvm::vm::{self, KvmError, Vm};
 use crate::memory::{self, MemoryError};
 use crate::phase::{self, Phase};
 use crate::slots::Slots;
 use crate::virtio::net::Net;
+use crate::virtio::rng;
 
 /// How a machine ended.
 #[derive(Debug)]
@@ -83,8 +89,12 @@ pub struct Machine {
     stop: Stop<Outcome>,
     vcpus: Arc<Vcpus>,
     memory: GuestMemoryMmap,
+    /// The image, by which the guest's log is found.
+    kernel: File,
     /// Not used any more, but closing it would disconnect every irqfd.
     _vm: Vm,
+    /// Devices go with the last holder, and would remove their files: not the business of a vCPU that ends.
+    _buses: Arc<Buses>,
     boot_deadline_ns: Option<u64>,
 }
 
@@ -96,24 +106,54 @@ pub struct Inherited {
     pub interfaces: Vec<Net>,
 }
 
+/// What is outside of the jail, opened before it is entered.
+#[derive(Debug)]
+pub struct Opened {
+    /// Mapped before there is a second thread: the C library's memory for that could come to lie right behind, and the kernel
+    /// would make one mapping of both.
+    memory: GuestMemoryMmap,
+    kvm: Kvm,
+    kernel: File,
+    initramfs: Option<File>,
+    entropy: File,
+}
+
+impl Opened {
+    /// Reserves the guest's memory, and opens the host's KVM and the files of which `config` has the guest boot.
+    ///
+    /// # Errors
+    /// [`MachineError`]: what is not there, or not permitted.
+    pub fn open(config: &ValidConfig) -> Result<Self, MachineError> {
+        let memory = memory::allocate(config.memory).map_err(MachineError::Memory)?;
+        let kvm = vm::open().map_err(MachineError::Kvm)?;
+        let kernel = kernel::open(&config.kernel).map_err(MachineError::Kernel)?;
+        let initramfs = config.initramfs.as_deref().map(boot::open_initramfs);
+        let initramfs = initramfs.transpose().map_err(MachineError::Boot)?;
+        let entropy = rng::open().map_err(MachineError::Host)?;
+        Ok(Self { memory, kvm, kernel, initramfs, entropy })
+    }
+}
+
 impl Machine {
-    /// Builds the machine and starts its vCPUs. `inherited` are the descriptors that `config` names.
+    /// Builds the machine and starts its vCPUs, after the calling thread has been confined. `inherited` are the descriptors that `config` names.
     ///
     /// The files of its sockets are there if, and only if, this succeeds; [`clean_up`] removes them.
     ///
     /// # Errors
     /// [`MachineError`]: a file that cannot be used, or what the host lacks.
-    pub fn start(config: &ValidConfig, inherited: Inherited) -> Result<Self, MachineError> {
+    pub fn start(config: &ValidConfig, opened: Opened, inherited: Inherited) -> Result<Self, MachineError> {
         let Inherited { lifeline, interfaces } = inherited;
-        let memory = memory::allocate(config.memory).map_err(MachineError::Memory)?;
-        let vm = Vm::new(&memory).map_err(MachineError::Kvm)?;
+        let memory = opened.memory;
+        let vm = Vm::new(&opened.kvm, &memory).map_err(MachineError::Kvm)?;
         phase::mark(Phase::VmCreated);
 
-        let kernel = kernel::load(&memory, &config.kernel).map_err(MachineError::Kernel)?;
-        let initramfs = match &config.initramfs {
-            Some(path) => boot::load_initramfs(&memory, path, kernel.end).map_err(MachineError::Boot)?,
-            None => Initramfs::default(),
+        let image = opened.kernel.try_clone().map_err(MachineError::Host)?;
+        let kernel = kernel::load_from(&memory, &config.kernel, image).map_err(MachineError::Kernel)?;
+        let initramfs = match (&config.initramfs, &opened.initramfs) {
+            (Some(path), Some(file)) => boot::load_initramfs_from(&memory, path, file, kernel.end),
+            _ => Ok(Initramfs::default()),
         };
+        let initramfs = initramfs.map_err(MachineError::Boot)?;
         phase::mark(Phase::KernelLoaded);
 
         let mut event_loop = EventLoop::new().map_err(MachineError::EventLoop)?;
@@ -131,7 +171,7 @@ impl Machine {
 
         let mut cmdline = base_cmdline(config).map_err(MachineError::Boot)?;
         let mut slots = Slots::new(&vm, &memory, Workers::new(&event_loop));
-        crate::slots::attach_devices(&mut slots, config, interfaces)?;
+        crate::slots::attach_devices(&mut slots, config, opened.entropy, interfaces)?;
         for device in slots.cmdline() {
             append(&mut cmdline, device).map_err(MachineError::Boot)?;
         }
@@ -147,17 +187,29 @@ impl Machine {
         boot::write_tables(&memory, &kernel, initramfs, &cmdline, hardware).map_err(MachineError::Boot)?;
         let vcpus: Result<Vec<_>, _> = (0..count).map(|id| Vcpu::new(&vm, id, count, kernel.entry)).collect();
         let vcpus = vcpus.map_err(MachineError::Kvm)?;
-        let vcpus = Vcpus::start(vcpus, &Arc::new(buses), &stop).map_err(|error| {
+        let buses = Arc::new(buses);
+        let vcpus = Vcpus::start(vcpus, &buses, &stop).map_err(|error| {
             // Some may run and hold the devices: these are not dropped, and their files would stay.
             clean_up(config);
             MachineError::Host(error)
         })?;
         let vcpus = Arc::new(vcpus);
         *handles.vcpus.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&vcpus));
+        seccomp::confine(Kind::EventLoop);
+        vcpus.resume();
 
         let limit = config.boot_timeout_ms.saturating_mul(1_000_000);
         let boot_deadline_ns = (limit > 0).then(|| phase::monotonic_ns().saturating_add(limit));
-        Ok(Self { event_loop, stop, vcpus, memory, _vm: vm, boot_deadline_ns })
+        Ok(Self {
+            event_loop,
+            stop,
+            vcpus,
+            memory,
+            kernel: opened.kernel,
+            _vm: vm,
+            _buses: buses,
+            boot_deadline_ns,
+        })
     }
 
     /// Runs the event loop until the guest ends, however it does.
@@ -184,12 +236,14 @@ impl Machine {
         }
     }
 
-    /// The guest's memory, for a look at its kernel log once it has ended. Stops the vCPUs first, as far as they can be:
-    /// nobody serves the event loop any more, and one may wait for it for ever. Whoever reads must bear that it changes.
-    #[must_use]
-    pub fn memory_after_stop(&self) -> &GuestMemoryMmap {
+    /// The guest's kernel log, once the guest has ended. Stops the vCPUs first, as far as they can be: nobody serves the
+    /// event loop any more, and one may wait for it for ever. The reader bears that memory changes.
+    ///
+    /// # Errors
+    /// As [`klog::read`].
+    pub fn last_words(&self) -> Result<String, KlogError> {
         let _ = self.vcpus.stop();
-        &self.memory
+        klog::read_from(&self.memory, &self.kernel)
     }
 }
 
@@ -263,11 +317,12 @@ const LOCK_FILE: &str = "lock";
 /// Removes the pod's directory in the place of an owner that died.
 ///
 /// Never recursive: the share below it is made of bind mounts of the user's own files, and what a mistake would leave
-/// mounted must survive it.
-pub fn clean_up_for_owner(config: &ValidConfig) {
+/// mounted must survive it. In a jail the directory is empty then, and the `janitor` can remove it.
+pub fn clean_up_for_owner(config: &ValidConfig, janitor: Option<Janitor>) {
     clean_up(config);
     let Some(directory) = &config.state_dir else { return };
-    if let Some(share) = &config.share {
+    // In a jail it lies elsewhere.
+    if let Some(share) = config.share.as_ref().filter(|_| janitor.is_none()) {
         let _ = nix::mount::umount2(&share.root, nix::mount::MntFlags::MNT_DETACH);
     }
     for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
@@ -279,5 +334,8 @@ pub fn clean_up_for_owner(config: &ValidConfig) {
         }
     }
     let _ = std::fs::remove_file(directory.join(LOCK_FILE));
-    let _ = std::fs::remove_dir(directory);
+    match janitor {
+        Some(janitor) => janitor.remove(),
+        None => drop(std::fs::remove_dir(directory)),
+    }
 }

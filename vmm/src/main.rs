@@ -4,15 +4,15 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::mem::ManuallyDrop;
 use std::os::fd::AsFd;
-use std::path::Path;
 
 use krx_vmm::config::{Config, ConfigError, ValidConfig};
 use krx_vmm::exit_code::ExitCode;
+use krx_vmm::jail::{self, Jailed};
 use krx_vmm::klog::KlogError;
-use krx_vmm::machine::{self, Inherited, Machine, MachineError, Outcome};
+use krx_vmm::machine::{self, Inherited, Machine, MachineError, Opened, Outcome};
 use krx_vmm::phase::{self, Phase};
 use krx_vmm::virtio::net::Net;
-use krx_vmm::{klog, report, share, sys};
+use krx_vmm::{report, share, sys};
 
 const USAGE: &str = "\
 Usage: krx-vmm --config FILE | --config-fd N
@@ -69,7 +69,7 @@ fn run_from(file: Result<File, String>) -> ExitCode {
         Ok(config) => config,
         Err(message) => return fail(ExitCode::Config, &message),
     };
-    run(&config)
+    run(config)
 }
 
 fn read(file: File) -> Result<ValidConfig, ConfigError> {
@@ -78,30 +78,53 @@ fn read(file: File) -> Result<ValidConfig, ConfigError> {
     Config::from_json(&json)?.validate()
 }
 
-fn run(config: &ValidConfig) -> ExitCode {
+fn run(config: ValidConfig) -> ExitCode {
     // First of all: a number that was not inherited must not be that of something opened here.
-    let inherited = match inherit(config) {
+    let inherited = match inherit(&config) {
         Ok(inherited) => inherited,
         Err(message) => return fail(ExitCode::Config, &message),
     };
-    if let Some(share) = &config.share
-        && let Err(error) = share::mount(share)
-    {
-        return fail(ExitCode::Host, &report::chain(&error));
-    }
+    let opened = match Opened::open(&config) {
+        Ok(opened) => opened,
+        Err(error) => return fail(start_failure(&error), &report::chain(&error)),
+    };
+    let Jailed { config, mut janitor } = match enclose(config) {
+        Ok(jailed) => jailed,
+        Err(message) => return fail(ExitCode::Host, &message),
+    };
     phase::mark(Phase::Configured);
     // Never dropped: that would wait for the file server's thread, which a file system of the host can make wait for
     // ever. The process ends now, and all it holds with it.
-    let mut machine = match Machine::start(config, inherited) {
+    let mut machine = match Machine::start(&config, opened, inherited) {
         Ok(machine) => ManuallyDrop::new(machine),
         Err(error) => return fail(start_failure(&error), &report::chain(&error)),
     };
     let code = match machine.run() {
-        Ok(outcome) => finish(&outcome, &machine, config),
+        Ok(Outcome::Orphaned) => {
+            machine::clean_up_for_owner(&config, janitor.take());
+            ExitCode::Stopped
+        }
+        Ok(outcome) => finish(&outcome, &machine, &config),
         Err(error) => fail(ExitCode::Host, &report::chain(&error)),
     };
-    machine::clean_up(config);
+    machine::clean_up(&config);
     code
+}
+
+/// The jail; or only the share, if there is to be none.
+fn enclose(config: ValidConfig) -> Result<Jailed, String> {
+    if config.jail {
+        return jail::enter(config).map_err(|error| report::chain(&error));
+    }
+    // A standard error that is closed is no reason to fail.
+    let _ = writeln!(
+        std::io::stderr(),
+        "krx-vmm: NOT JAILED: a guest that takes over this process is root on the host"
+    );
+    if let Some(share) = &config.share {
+        share::mount(share).map_err(|error| report::chain(&error))?;
+    }
+    Ok(Jailed { config, janitor: None })
 }
 
 fn inherit(config: &ValidConfig) -> Result<Inherited, String> {
@@ -125,10 +148,7 @@ fn finish(outcome: &Outcome, machine: &Machine, config: &ValidConfig) -> ExitCod
         Outcome::Stopped => {
             (ExitCode::Stopped, "Stopped from outside, before the guest had powered off".to_string())
         }
-        Outcome::Orphaned => {
-            machine::clean_up_for_owner(config);
-            return ExitCode::Stopped;
-        }
+        Outcome::Orphaned => return ExitCode::Stopped,
         Outcome::Reset => {
             return fail(ExitCode::GuestReset, "The guest reset itself; micro-VMs are not started again");
         }
@@ -145,16 +165,12 @@ fn finish(outcome: &Outcome, machine: &Machine, config: &ValidConfig) -> ExitCod
             (ExitCode::Boot, format!("The guest did not reach PID 1 within the boot timeout of {limit}"))
         }
     };
-    fail(code, &format!("{message}\n{}", last_words(machine, &config.kernel)))
+    fail(code, &format!("{message}\n{}", describe(machine.last_words())))
 }
 
 /// For people: whole seconds as such.
 fn duration(ms: u64) -> String {
     if ms.is_multiple_of(1000) { format!("{} s", ms / 1000) } else { format!("{ms} ms") }
-}
-
-fn last_words(machine: &Machine, kernel: &Path) -> String {
-    describe(klog::read(machine.memory_after_stop(), kernel))
 }
 
 fn describe(log: Result<String, KlogError>) -> String {

@@ -63,17 +63,31 @@ pub enum ShareError {
     },
 }
 
-/// Builds the tree. To be called before the process has a second thread: a mount namespace is a thread's own.
+/// Builds the tree in a mount namespace of its own. To be called before the process has a second thread: a mount namespace
+/// is a thread's own.
 ///
 /// # Errors
 /// [`ShareError`]: what is missing, or not permitted.
 pub fn mount(share: &Share) -> Result<(), ShareError> {
-    unshare(CloneFlags::CLONE_NEWNS).map_err(ShareError::Namespace)?;
-    let failed = |source| ShareError::Root { root: share.root.clone(), source };
+    take_namespaces(CloneFlags::CLONE_NEWNS).map_err(ShareError::Namespace)?;
+    build(share)
+}
+
+/// Takes new namespaces, a mount namespace among them.
+pub(crate) fn take_namespaces(namespaces: CloneFlags) -> nix::Result<()> {
+    unshare(namespaces)?;
     let none = None::<&str>;
     // A slave: what the host unmounts goes here, too, or the VMM would hold it; nothing travels the other way. The share
     // itself is cut off below: a mount that came into it later would be writable, and honour device nodes.
-    mount_at(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none).map_err(ShareError::Namespace)?;
+    mount_at(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
+}
+
+/// Builds the tree, in the mount namespace there is.
+///
+/// # Errors
+/// [`ShareError`]: what is missing, or not permitted.
+pub(crate) fn build(share: &Share) -> Result<(), ShareError> {
+    let failed = |source| ShareError::Root { root: share.root.clone(), source };
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     mount_at(Some("krx"), &share.root, Some("tmpfs"), flags, Some(TREE_OPTIONS)).map_err(failed)?;
     for entry in &share.entries {
@@ -108,7 +122,8 @@ fn restrict(path: &Path, attributes: MountAttributes) -> Result<(), ShareError> 
 /// raised, the guest meets it earlier. (The umask is cleared by the library, when the guest begins.)
 fn raise_descriptor_limit() {
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard.min(MAX_DESCRIPTORS), hard);
+        let limit = hard.min(MAX_DESCRIPTORS);
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, limit, limit);
     }
 }
 

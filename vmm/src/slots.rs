@@ -1,5 +1,6 @@
 //! virtio-mmio slots: gives each device its registers, interrupt and notifications, and tells the kernel of them.
 
+use std::fs::File;
 use std::sync::{Arc, Mutex};
 
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
@@ -50,8 +51,8 @@ impl<'a> Slots<'a> {
         };
         let kicks: Result<Vec<_>, _> =
             (0..).zip(device.queue_sizes()).map(|(queue, _)| kick(queue)).collect();
-        let transport =
-            MmioTransport::new(device, self.memory.clone(), interrupt, kicks?, self.workers.clone());
+        let host = self.workers.of_device(&*device).map_err(KvmError::Thread)?;
+        let transport = MmioTransport::new(device, self.memory.clone(), interrupt, kicks?, host);
         self.bus.attach(address, layout::VIRTIO_MMIO_SIZE, Arc::new(Mutex::new(transport)));
         self.cmdline.push(format!("virtio_mmio.device=4K@{address:#x}:{irq}"));
         Ok(())
@@ -72,7 +73,7 @@ impl<'a> Slots<'a> {
     }
 }
 
-/// Attaches the devices that `config` asks for. `interfaces` come last, so that the others have the same slots in every
+/// Attaches the devices that `config` asks for, and one for `entropy`. `interfaces` come last, so that the others have the same slots in every
 /// VM.
 ///
 /// # Errors
@@ -80,6 +81,7 @@ impl<'a> Slots<'a> {
 pub(crate) fn attach_devices(
     slots: &mut Slots<'_>,
     config: &ValidConfig,
+    entropy: File,
     interfaces: Vec<Net>,
 ) -> Result<(), MachineError> {
     if let Some(path) = &config.vsock {
@@ -90,7 +92,7 @@ pub(crate) fn attach_devices(
         let device = fs::Fs::new(krx_proto::SHARE_TAG, &share.root).map_err(MachineError::Fs)?;
         slots.attach(Box::new(device)).map_err(MachineError::Kvm)?;
     }
-    slots.attach(Box::new(rng::Rng)).map_err(MachineError::Kvm)?;
+    slots.attach(Box::new(rng::Rng::new(entropy))).map_err(MachineError::Kvm)?;
     for interface in interfaces {
         slots.attach(Box::new(interface)).map_err(MachineError::Kvm)?;
     }

@@ -89,6 +89,27 @@ pub fn adopt(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Closes all descriptors of the calling thread's table but the standard streams and one. The table has to be its own: what
+/// other threads hold by number must not be in it.
+///
+/// # Errors
+/// What close_range(2) says; `ENOSYS` before Linux 5.9.
+pub(crate) fn close_others(keep: BorrowedFd<'_>) -> io::Result<()> {
+    let keep = keep.as_raw_fd().cast_unsigned();
+    for (first, last) in [(3, keep.saturating_sub(1)), (keep + 1, u32::MAX)] {
+        if first > last {
+            continue;
+        }
+        // SAFETY: takes no pointer. Nothing of Rust's owns a descriptor in this table but the one that is left out, as the
+        // callers have unshared it; the owners are in the table that the other threads still have.
+        let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
 /// Waits until one of two descriptors has something to read, or was closed at the other end; says which.
 ///
 /// # Errors

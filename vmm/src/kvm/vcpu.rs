@@ -21,6 +21,7 @@ use super::vm::{KvmError, Vm, step};
 use crate::arch::x86_64::{cpuid, msr, regs};
 use crate::bus::Buses;
 use crate::event_loop::Stop;
+use crate::jail::seccomp::{self, Kind};
 use crate::machine::Outcome;
 use crate::phase::{self, Phase};
 
@@ -104,8 +105,8 @@ struct Control {
 }
 
 impl Control {
-    fn new() -> Self {
-        Self { wanted: Mutex::new(Wanted::Run), changed: Condvar::new(), parked: AtomicUsize::new(0) }
+    fn new(wanted: Wanted) -> Self {
+        Self { wanted: Mutex::new(wanted), changed: Condvar::new(), parked: AtomicUsize::new(0) }
     }
 
     fn wanted(&self) -> MutexGuard<'_, Wanted> {
@@ -121,13 +122,13 @@ pub struct Vcpus {
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU; they run the guest at once. The first end of one is reported to `stop`.
+    /// Starts a thread for each vCPU; they run the guest after [`Self::resume`]. The first end of one is reported to `stop`.
     ///
     /// # Errors
     /// When the host cannot give a thread or a signal.
     pub fn start(vcpus: Vec<Vcpu>, buses: &Arc<Buses>, stop: &Stop<Outcome>) -> io::Result<Self> {
         hear_kicks()?;
-        let control = Arc::new(Control::new());
+        let control = Arc::new(Control::new(Wanted::Pause));
         let mut threads = Vec::with_capacity(vcpus.len());
         for vcpu in vcpus {
             let runner =
@@ -217,7 +218,8 @@ struct Runner {
 
 impl Runner {
     fn run(mut self) {
-        let mut state = State::Running;
+        seccomp::confine(Kind::Vcpu);
+        let mut state = State::Paused;
         loop {
             state = match state {
                 State::Running => self.run_guest(),
@@ -286,7 +288,7 @@ mod tests {
     /// One vCPU whose thread is in a device and hears no kick, as long as the sender lives.
     fn stuck() -> (Vcpus, mpsc::Sender<()>) {
         hear_kicks().unwrap();
-        let control = Arc::new(Control::new());
+        let control = Arc::new(Control::new(Wanted::Run));
         let (release, held) = mpsc::channel::<()>();
         let theirs = Arc::clone(&control);
         let thread = thread::spawn(move || {

@@ -20,6 +20,8 @@ pub enum KvmError {
     },
     #[error("Out of event descriptors")]
     EventFd(#[source] std::io::Error),
+    #[error("Thread of a device cannot be made")]
+    Thread(#[source] std::io::Error),
 }
 
 /// Names the step for [`KvmError::Refused`].
@@ -37,8 +39,7 @@ pub struct Vm {
 impl Vm {
     /// # Errors
     /// [`KvmError`] with the step that failed.
-    pub fn new(memory: &GuestMemoryMmap) -> Result<Self, KvmError> {
-        let kvm = Kvm::new().map_err(KvmError::Open)?;
+    pub fn new(kvm: &Kvm, memory: &GuestMemoryMmap) -> Result<Self, KvmError> {
         let vm = kvm.create_vm().map_err(step("creating a VM"))?;
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(step("placing the identity map"))?;
         let tss = usize::try_from(layout::KVM_TSS).unwrap_or(usize::MAX);
@@ -93,6 +94,14 @@ fn hide_pic(vm: &VmFd) -> Result<(), KvmError> {
     let nobody = EventFd::new(EFD_NONBLOCK).map_err(KvmError::EventFd)?;
     let mask = IoEventAddress::Pio(layout::PIC_MASK.into());
     vm.register_ioevent(&nobody, &mask, NoDatamatch).map_err(step("hiding the PIC"))
+}
+
+/// Opens the host's KVM.
+///
+/// # Errors
+/// There is none, or it is not permitted.
+pub fn open() -> Result<Kvm, KvmError> {
+    Kvm::new().map_err(KvmError::Open)
 }
 
 #[expect(unsafe_code, reason = "KVM_SET_USER_MEMORY_REGION takes a raw host address")]

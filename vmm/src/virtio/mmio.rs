@@ -41,12 +41,7 @@ pub trait WorkerHost: Send {
     ///
     /// # Errors
     /// When the host cannot give a thread or watch a descriptor.
-    fn start(
-        &self,
-        worker: Box<dyn Worker>,
-        of: &dyn Device,
-        interrupt: Interrupt,
-    ) -> Result<Box<dyn Running>, DeviceError>;
+    fn start(&self, worker: Box<dyn Worker>, interrupt: Interrupt) -> Result<Box<dyn Running>, DeviceError>;
 }
 
 /// A worker at work; see [`WorkerHost::start`].
@@ -220,7 +215,7 @@ impl<H: WorkerHost> MmioTransport<H> {
             interrupt: self.interrupt.clone(),
         };
         let worker = self.device.activate(activation)?;
-        self.host.start(worker, &*self.device, self.interrupt.clone())
+        self.host.start(worker, self.interrupt.clone())
     }
 
     /// Back to the state after power-on; the worker is gone when this returns.
@@ -335,12 +330,7 @@ mod tests {
     impl Running for Held {}
 
     impl WorkerHost for Holder {
-        fn start(
-            &self,
-            worker: Box<dyn Worker>,
-            _: &dyn Device,
-            _: Interrupt,
-        ) -> Result<Box<dyn Running>, DeviceError> {
+        fn start(&self, worker: Box<dyn Worker>, _: Interrupt) -> Result<Box<dyn Running>, DeviceError> {
             Ok(Box::new(Held(worker)))
         }
     }

@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::fs::File;
+use std::io;
 use std::os::fd::RawFd;
 
 use virtio_queue::desc::split::Descriptor;
@@ -28,8 +29,26 @@ const CHAINS_PER_RUN: usize = 8;
 const SOURCE: &str = "/dev/urandom";
 
 /// The entropy device before the driver has started it.
-#[derive(Debug, Default)]
-pub struct Rng;
+#[derive(Debug)]
+pub struct Rng {
+    source: File,
+}
+
+/// Opens the host's random numbers.
+///
+/// # Errors
+/// The host has no such device.
+pub fn open() -> io::Result<File> {
+    File::open(SOURCE)
+}
+
+impl Rng {
+    /// A device that gives what `source` does, see [`open`].
+    #[must_use]
+    pub fn new(source: File) -> Self {
+        Self { source }
+    }
+}
 
 impl Device for Rng {
     fn kind(&self) -> DeviceKind {
@@ -43,7 +62,7 @@ impl Device for Rng {
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn Worker>, DeviceError> {
         let no_queue = DeviceError::BadChain("entropy device has no queue");
         let queue = activation.queues.into_iter().next().ok_or(no_queue)?;
-        let source = File::open(SOURCE).map_err(DeviceError::Host)?;
+        let source = self.source.try_clone().map_err(DeviceError::Host)?;
         Ok(Box::new(RngWorker { queue, source }))
     }
 }
@@ -150,7 +169,7 @@ mod tests {
         let (interrupt, irq) = testing::interrupt();
         let (queue, kick) = testing::live_queue(memory, mock, &interrupt);
         let activation = Activation { memory: memory.clone(), features: 0, queues: vec![queue], interrupt };
-        (Rng.activate(activation).unwrap(), kick, irq)
+        (Rng::new(open().unwrap()).activate(activation).unwrap(), kick, irq)
     }
 
     fn used(mock: &Mock<'_>, index: usize) -> u32 {

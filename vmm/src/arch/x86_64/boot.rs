@@ -59,8 +59,28 @@ pub fn load_initramfs(
     path: &Path,
     kernel_end: u64,
 ) -> Result<Initramfs, BootError> {
+    load_initramfs_from(memory, path, &open_initramfs(path)?, kernel_end)
+}
+
+/// Opens the initramfs at `path`.
+///
+/// # Errors
+/// It cannot be read.
+pub fn open_initramfs(path: &Path) -> Result<File, BootError> {
+    File::open(path).map_err(|source| BootError::ReadInitramfs { path: path.to_path_buf(), source })
+}
+
+/// As [`load_initramfs`], of a file that was opened at `path`, which is only told to people.
+///
+/// # Errors
+/// As [`load_initramfs`].
+pub fn load_initramfs_from(
+    memory: &GuestMemoryMmap,
+    path: &Path,
+    file: &File,
+    kernel_end: u64,
+) -> Result<Initramfs, BootError> {
     let read_error = |source| BootError::ReadInitramfs { path: path.to_path_buf(), source };
-    let file = File::open(path).map_err(read_error)?;
     let metadata = file.metadata().map_err(read_error)?;
     let size = metadata.len();
     if !metadata.is_file() || size == 0 {
@@ -72,7 +92,7 @@ pub fn load_initramfs(
     if address < kernel_end.next_multiple_of(PAGE_SIZE) || u32::try_from(address + size).is_err() {
         return Err(too_large());
     }
-    kernel::copy(memory, &file, 0, address, size).map_err(read_error)?;
+    kernel::copy(memory, file, 0, address, size).map_err(read_error)?;
     Ok(Initramfs { address, size })
 }
 

@@ -75,8 +75,23 @@ pub enum KernelError {
 /// # Errors
 /// Unreadable files, files that are not x86-64 kernels, kernels that do not fit.
 pub fn load(memory: &GuestMemoryMmap, path: &Path) -> Result<Kernel, KernelError> {
+    load_from(memory, path, open(path)?)
+}
+
+/// Opens the image at `path`.
+///
+/// # Errors
+/// It cannot be read.
+pub fn open(path: &Path) -> Result<File, KernelError> {
+    File::open(path).map_err(|source| KernelError::Read { path: path.to_path_buf(), source })
+}
+
+/// Loads an image that was opened at `path`, which is only told to people.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_from(memory: &GuestMemoryMmap, path: &Path, mut file: File) -> Result<Kernel, KernelError> {
     let read_error = |source| KernelError::Read { path: path.to_path_buf(), source };
-    let mut file = File::open(path).map_err(read_error)?;
     let metadata = file.metadata().map_err(read_error)?;
     if !metadata.is_file() {
         return Err(KernelError::Unusable { path: path.to_path_buf(), reason: "it is not a regular file" });

@@ -71,12 +71,12 @@ impl Device for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn Worker>, DeviceError> {
-        let server = serve(&self.root).map_err(DeviceError::Host)?;
-        Ok(Box::new(FsWorker::new(server, activation)?))
+        Ok(Box::new(FsWorker::new(self.root.clone(), activation)?))
     }
 }
 
-/// The FUSE server, new at each activation: a driver that starts over knows no inodes.
+/// The FUSE server, new at each activation: a driver that starts over knows no inodes. Made by the thread that serves, as it
+/// opens files.
 fn serve(root: &Path) -> io::Result<worker::Server> {
     let root_dir = root.to_str().ok_or(io::ErrorKind::InvalidInput)?.to_string();
     let config = Config {

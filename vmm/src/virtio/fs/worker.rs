@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::os::fd::{AsRawFd, RawFd};
+use std::path::PathBuf;
 
 use fuse_backend_rs::api::server;
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
@@ -28,20 +29,22 @@ const PEEK: usize = negotiation::REQUEST;
 const FRONT: usize = negotiation::REPLY;
 
 pub(super) struct FsWorker {
-    server: Server,
+    root: PathBuf,
+    /// None until the first request.
+    server: Option<Server>,
     memory: GuestMemoryMmap,
     epoll: Epoll,
     queues: Vec<LiveQueue>,
 }
 
 impl FsWorker {
-    pub(super) fn new(server: Server, activation: Activation) -> Result<Self, DeviceError> {
+    pub(super) fn new(root: PathBuf, activation: Activation) -> Result<Self, DeviceError> {
         let epoll = Epoll::new().map_err(DeviceError::Host)?;
         for queue in &activation.queues {
             let event = EpollEvent::new(EventSet::IN, 0);
             epoll.ctl(ControlOperation::Add, queue.kick_fd(), event).map_err(DeviceError::Host)?;
         }
-        Ok(Self { server, memory: activation.memory, epoll, queues: activation.queues })
+        Ok(Self { root, server: None, memory: activation.memory, epoll, queues: activation.queues })
     }
 }
 
@@ -51,8 +54,12 @@ impl Worker for FsWorker {
     }
 
     fn run(&mut self) -> Result<(), DeviceError> {
+        let server = match &mut self.server {
+            Some(server) => server,
+            none => none.insert(super::serve(&self.root).map_err(DeviceError::Host)?),
+        };
         for queue in &mut self.queues {
-            serve_queue(&self.server, &self.memory, queue)?;
+            serve_queue(server, &self.memory, queue)?;
         }
         Ok(())
     }
