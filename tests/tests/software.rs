@@ -1,10 +1,10 @@
 //! Software that people run, in pods: Debian's redis, PostgreSQL and nginx.
 
 use std::fmt::Write as _;
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::{Read, Write as _};
 use std::net::TcpStream;
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::OnceLock;
@@ -102,6 +102,8 @@ fn get(address: &str, path: &str) -> Option<Vec<u8>> {
 
 fn nginx(engine: &Engine) {
     let volume = Scratch::under(&engine.scratch().join("logs"));
+    // nginx serves as nobody.
+    fs::set_permissions(volume.path(), Permissions::from_mode(0o755)).expect("permissions");
     let pod = PodPlan::new(engine, "web").host_port(18081, 80).run();
     let configuration = nginx_configuration("listen 80;\nroot /work/www;");
     let script = format!(
