@@ -123,6 +123,8 @@ impl Engine {
 
     fn write_configuration(&self, level: &str) {
         let at = self.scratch.path().display();
+        // Also of a test that is the first, or the only one.
+        fs::create_dir_all(self.scratch.join("logs")).expect("directory of the pods' logs");
         // Links, beside which a test may have plugins of its own.
         let cni = self.scratch.join("cni-bin");
         fs::create_dir_all(&cni).expect("directory of the CNI plugins");
