@@ -34,10 +34,18 @@ work=$(mktemp -d "$out.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 trap 'exit 130' INT TERM
 
+# A fresh machine knows of no packages; one that was left alone, of old ones.
+refresh() {
+    say "apt-get update"
+    apt-get -qq update >/dev/null || fail "apt-get update failed, see above"
+}
+# shellcheck disable=SC2086 # a list of packages
+apt-get -s -qq install $wanted >/dev/null 2>&1 || refresh
+
 # What apt would install in the base.
 # shellcheck disable=SC2086 # lists of packages
 needed=$(apt-get -s -qq --no-install-recommends -o Dir::State::status="$base/var/lib/dpkg/status" install $wanted |
-    sed -n 's/^Inst \([^ ]*\) .*/\1/p') || fail "apt does not know all of: $wanted; run \`apt-get update\` first"
+    sed -n 's/^Inst \([^ ]*\) .*/\1/p') || fail "apt does not know all of: $wanted"
 set -f
 packages=
 for package in $needed; do
@@ -51,8 +59,8 @@ set +f
 say "fetching$packages"
 mkdir "$work/archives" "$work/all" "$work/root"
 # shellcheck disable=SC2086 # a list of packages
-(cd "$work/archives" && apt-get -qq -o APT::Sandbox::User=root download $packages) ||
-    fail "apt-get could not download them; run \`apt-get update\` first"
+download() { (cd "$work/archives" && apt-get -qq -o APT::Sandbox::User=root download $packages); }
+download || { refresh && download; } || fail "apt-get could not download them, see above"
 cp -a "$base/." "$work/all"
 for archive in "$work"/archives/*.deb; do
     dpkg-deb --fsys-tarfile "$archive" | tar -x -C "$work/all" --keep-directory-symlink
