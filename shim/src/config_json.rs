@@ -16,7 +16,7 @@ const SANDBOXES: [&str; 2] = ["io.kubernetes.cri.sandbox-id", "io.kubernetes.cri
 
 /// Why a bundle says nothing of its pod.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ConfigJsonError {
+pub enum ConfigJsonError {
     #[error(transparent)]
     Read(BundleError),
     #[error("Bundle configuration {path} is not an OCI runtime configuration")]
@@ -35,7 +35,7 @@ pub(crate) enum ConfigJsonError {
 
 /// A container's place in a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Role {
+pub enum Role {
     /// It is a pod of its own.
     Single,
     /// It stands for the pod: its VM.
@@ -46,17 +46,17 @@ pub(crate) enum Role {
 
 /// A configuration as far as it concerns the pod.
 #[derive(Debug)]
-pub(crate) struct ConfigJson {
-    pub(crate) role: Role,
-    pub(crate) annotations: HashMap<String, String>,
-    pub(crate) hostname: Option<String>,
-    pub(crate) sysctls: Vec<(String, String)>,
+pub struct ConfigJson {
+    pub role: Role,
+    pub annotations: HashMap<String, String>,
+    pub hostname: Option<String>,
+    pub sysctls: Vec<(String, String)>,
     /// Path of the network namespace to join.
-    pub(crate) netns: Option<PathBuf>,
+    pub netns: Option<PathBuf>,
     /// Path in the cgroup tree, or `slice:prefix:name` for systemd.
-    pub(crate) cgroup: Option<PathBuf>,
+    pub cgroup: Option<PathBuf>,
     /// Of the pod, which a container alone is.
-    pub(crate) limits: Limits,
+    pub limits: Limits,
 }
 
 /// The part of a configuration that is looked at here: it is read by each process of a start, and most of it is a
@@ -78,10 +78,22 @@ struct OutlineLinux {
 }
 
 impl ConfigJson {
-    pub(crate) fn read(bundle: &Path) -> Result<Self, ConfigJsonError> {
+    /// Reads a bundle's configuration.
+    ///
+    /// # Errors
+    /// As [`Self::parse`]; it cannot be read.
+    pub fn read(bundle: &Path) -> Result<Self, ConfigJsonError> {
         let json = bundle::config_json(bundle).map_err(ConfigJsonError::Read)?;
-        let failed = |source| ConfigJsonError::Parse { path: bundle.join("config.json"), source };
-        Self::of(serde_json::from_slice(&json).map_err(failed)?)
+        Self::parse(&json, &bundle.join("config.json"))
+    }
+
+    /// The configuration in `json`, which is that of the file at `path`.
+    ///
+    /// # Errors
+    /// It is no OCI configuration, or its annotations make no sense.
+    pub fn parse(json: &[u8], path: &Path) -> Result<Self, ConfigJsonError> {
+        let failed = |source| ConfigJsonError::Parse { path: path.into(), source };
+        Self::of(serde_json::from_slice(json).map_err(failed)?)
     }
 
     fn of(outline: Outline) -> Result<Self, ConfigJsonError> {

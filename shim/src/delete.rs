@@ -6,12 +6,13 @@
 //! Or the shim is there, but containerd has given it up: one that was killed while its shim made a pod finds, when it is
 //! back, a shim without a task. Nobody would ever end that one.
 
-use std::env;
 use std::fs;
 use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use containerd_shim::StartOpts;
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::Message;
 use krx_sandbox::state_dir::StateRoot;
@@ -32,7 +33,7 @@ const KILLED: u32 = 137;
 
 /// Carries the action out.
 pub(crate) fn delete(flags: &Flags) -> io::Result<()> {
-    let bundle = if flags.bundle.is_empty() { env::current_dir()? } else { PathBuf::from(&flags.bundle) };
+    let bundle = if flags.bundle.is_empty() { PathBuf::from(".") } else { PathBuf::from(&flags.bundle) };
     let config = ConfigJson::read(&bundle).ok();
     let is_member = config.as_ref().is_some_and(|config| matches!(config.role, Role::Member(_)));
     if !is_member {
@@ -76,8 +77,22 @@ fn clean_up(flags: &Flags, bundle: &Path, config: Option<&ConfigJson>) {
     if let Some(cgroup) = config.and_then(|config| config.cgroup.as_deref()) {
         cgroup::clean_up(cgroup);
     }
-    if let Ok(address) = fs::read_to_string(bundle.join("address")) {
-        let _ = fs::remove_file(socket_path(address.trim()));
+    // Without a bundle, the address is that which `start` would give it.
+    let address = fs::read_to_string(bundle.join("address"));
+    let address = address.unwrap_or_else(|_| {
+        let options = StartOpts {
+            id: flags.id.clone(),
+            namespace: flags.namespace.clone(),
+            address: flags.address.clone(),
+            ..StartOpts::default()
+        };
+        options.socket_address(&options.id)
+    });
+    let socket = socket_path(address.trim());
+    // One that is answered at is another pod's: a bundle that has lost its configuration does not say that it is a
+    // member's.
+    if UnixStream::connect(socket).is_err() {
+        let _ = fs::remove_file(socket);
     }
 }
 

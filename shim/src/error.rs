@@ -3,13 +3,16 @@
 use std::error::Error;
 
 use containerd_shim_protos::ttrpc::{self, Code};
-use krx_proto::ErrorKind;
+use krx_proto::{ErrorKind, FrameError};
 use krx_sandbox::agent::CallError;
 use krx_sandbox::bundle::BundleError;
 use krx_sandbox::pod::PodError;
 use krx_sandbox::share::ShareError;
 
 use crate::config_json::ConfigJsonError;
+
+/// Longest sentence, in bytes.
+const MAX_MESSAGE: usize = 4096;
 
 /// Why a request failed.
 #[derive(Debug)]
@@ -23,7 +26,15 @@ pub(crate) type Result<T> = std::result::Result<T, ShimError>;
 
 impl ShimError {
     fn new(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
+        let mut message = message.into();
+        // Ids and paths may be as long as a message; what is read of them is the beginning.
+        if let Some(end) = (0..=MAX_MESSAGE).rev().find(|at| message.is_char_boundary(*at))
+            && message.len() > MAX_MESSAGE
+        {
+            message.truncate(end);
+            message.push_str(" ...");
+        }
+        Self { code, message }
     }
 
     pub(crate) fn not_found(message: impl Into<String>) -> Self {
@@ -95,6 +106,7 @@ fn code_of_call(error: &CallError) -> Code {
             // What runc's shim answers to a program that cannot be executed.
             ErrorKind::CommandNotFound | ErrorKind::NotExecutable | ErrorKind::Failed => Code::UNKNOWN,
         },
+        CallError::Send(FrameError::TooLarge(_)) => Code::INVALID_ARGUMENT,
         CallError::NoAnswer(_) | CallError::Silent(_) => Code::DEADLINE_EXCEEDED,
         _ => Code::UNAVAILABLE,
     }
@@ -160,6 +172,13 @@ mod tests {
         assert_eq!(code(ErrorKind::WrongState), Code::FAILED_PRECONDITION);
         assert_eq!(code(ErrorKind::Invalid), Code::INVALID_ARGUMENT);
         assert_eq!(ShimError::from(CallError::Lost).code, Code::UNAVAILABLE);
+    }
+
+    #[test]
+    fn a_message_is_cut_between_characters() {
+        let error = ShimError::invalid("é".repeat(MAX_MESSAGE));
+        assert_eq!(error.message.len(), MAX_MESSAGE + 4);
+        assert_eq!(ShimError::invalid("short").message, "short");
     }
 
     #[test]

@@ -17,10 +17,12 @@ use tokio::time::{sleep, timeout};
 
 /// Events that may wait. A containerd that is gone for longer gets no more: it asks for the state of its tasks itself.
 const QUEUE: usize = 4096;
-/// How long containerd may take for one event, and how often one is tried; between tries the wait grows.
+/// How long containerd may take for one event, and how often one is tried: for half a minute. Between tries the wait
+/// grows, but not so far that a containerd which is back would have to wait for what has happened.
 const LIMIT: Duration = Duration::from_secs(10);
-const TRIES: u32 = 8;
+const TRIES: u32 = 33;
 const PAUSE: Duration = Duration::from_millis(250);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// The queue's end for who has something to tell.
 #[derive(Debug, Clone)]
@@ -73,7 +75,7 @@ async fn forward(address: String, mut waiting: mpsc::Receiver<Envelope>) {
                 Err(error) if attempt == TRIES => warn!("event {topic} is lost: {error}"),
                 Err(_) => sleep(pause).await,
             }
-            pause *= 2;
+            pause = LONGEST_PAUSE.min(pause * 2);
         }
     }
 }

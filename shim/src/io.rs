@@ -3,6 +3,7 @@
 //! Each stream is a task of its own with one buffer: who does not read stops who writes, through the pipe of the process in
 //! the guest, and nobody else.
 
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::time::Duration;
 
@@ -46,18 +47,28 @@ pub(crate) struct Copies {
     waiting_input: Option<(UnixStream, Stdio)>,
     /// Our own writing end of the input: without it a client that goes would be the end of the input.
     keep_input: Option<pipe::Sender>,
+    /// The end of the input was told before the process was started.
+    input_closed: bool,
     input: Option<JoinHandle<()>>,
     outputs: Vec<JoinHandle<()>>,
 }
 
 impl Stdio {
-    /// Refuses what is no path of a FIFO: URIs of logging programs and files.
+    /// Refuses what is no FIFO: URIs of logging programs, files, devices, and what does not exist.
     pub(crate) fn check(&self) -> Result<()> {
         for path in [&self.stdin, &self.stdout, &self.stderr] {
             if let Some((scheme, _)) = path.split_once("://") {
                 return Err(ShimError::unimplemented(format!(
                     "Standard streams by {scheme}:// are not supported: containerd has to give FIFOs"
                 )));
+            }
+            if path.is_empty() {
+                continue;
+            }
+            let kind = std::fs::metadata(path)
+                .map_err(|error| ShimError::invalid(format!("FIFO {path} cannot be used: {error}")))?;
+            if !kind.file_type().is_fifo() {
+                return Err(ShimError::invalid(format!("Standard stream {path} is not a FIFO")));
             }
         }
         Ok(())
@@ -100,14 +111,17 @@ impl Copies {
     pub(crate) fn begin_input(&mut self) -> Result<()> {
         let Some((to, Stdio { terminal, stdin, .. })) = self.waiting_input.take() else { return Ok(()) };
         let from = open(&stdin, |options, path| options.open_receiver(path))?;
-        // There is a reader now, so this does not fail for want of one.
-        self.keep_input = Some(open(&stdin, |options, path| options.open_sender(path))?);
+        // There is a reader now, so this does not fail for want of one. One that is dropped again makes the end of the
+        // input, which a FIFO has not before its first writer.
+        let sender = open(&stdin, |options, path| options.open_sender(path))?;
+        self.keep_input = (!self.input_closed).then_some(sender);
         self.input = Some(tokio::spawn(feed(from, to, !terminal)));
         Ok(())
     }
 
     /// What was written is still delivered; then the process has the end of its input.
     pub(crate) fn close_input(&mut self) {
+        self.input_closed = true;
         self.keep_input = None;
     }
 
@@ -168,10 +182,32 @@ fn output(path: &str, from: StdUnixStream) -> Result<JoinHandle<()>> {
 mod tests {
     use super::*;
 
+    #[tokio::test]
+    async fn an_input_that_is_closed_before_the_start_stays_closed() {
+        let fifo = std::env::temp_dir().join(format!("krx-closed-{}", std::process::id()));
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let stdio = Stdio { stdin: fifo.to_str().unwrap().into(), ..Stdio::default() };
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut copies = Copies::default();
+        copies.waiting_input = Some((theirs, stdio));
+        copies.close_input();
+        copies.begin_input().unwrap();
+        std::fs::remove_file(&fifo).unwrap();
+        let mut ours = BufReader::new(ours);
+        let ended = timeout(Duration::from_secs(5), io::copy_buf(&mut ours, &mut io::sink())).await;
+        assert!(ended.is_ok(), "the process waits for input");
+    }
+
     #[test]
     fn what_is_no_fifo_is_refused() {
         let with = |stdout: &str| Stdio { stdout: stdout.into(), ..Stdio::default() };
-        assert!(with("/run/fifo").check().is_ok() && with("").check().is_ok());
+        let fifo = std::env::temp_dir().join(format!("krx-fifo-{}", std::process::id()));
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(with(fifo.to_str().unwrap()).check().is_ok() && with("").check().is_ok());
+        std::fs::remove_file(&fifo).unwrap();
+        for path in [fifo.to_str().unwrap(), "/dev/zero", "/etc/passwd", "/"] {
+            assert!(with(path).check().unwrap_err().to_string().contains("FIFO"), "{path}");
+        }
         assert!(with("binary:///bin/log?x=y").check().unwrap_err().to_string().contains("binary://"));
     }
 }

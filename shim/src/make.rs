@@ -1,12 +1,13 @@
 //! Makes the containers of a pod, the first with its VM. All of it blocks, and is called on threads that may.
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
 use containerd_shim::mount_linux::mount_rootfs;
 use containerd_shim_protos::api::Mount;
-use krx_proto::ProcessSpec;
+use krx_proto::{ProcessSpec, Request};
+use krx_sandbox::agent::Pending;
 use krx_sandbox::bundle::{self, PodNamespaces};
 use krx_sandbox::container::Container;
 use krx_sandbox::share::{Placed, Prepared};
@@ -15,6 +16,7 @@ use krx_sandbox::timings::Timings;
 use crate::config_json::{ConfigJson, Role};
 use crate::error::{Result, ShimError};
 use crate::io::{Connected, Stdio};
+use crate::shim::KILL;
 use crate::vm::Vm;
 
 /// What containerd says of a container to be made.
@@ -106,6 +108,7 @@ fn prepare(container: &mut Container, order: &Order) -> Result<Prepared> {
 
 fn mount_all(mounts: &[Mount], root: &Path) -> containerd_shim::Result<()> {
     mounts.iter().try_for_each(|mount| {
+        check_mount(mount)?;
         let target = match mount.target.trim_start_matches('/') {
             "" => root.to_path_buf(),
             below => root.join(below),
@@ -114,6 +117,30 @@ fn mount_all(mounts: &[Mount], root: &Path) -> containerd_shim::Result<()> {
         let (kind, source) = (given(&mount.type_), given(&mount.source));
         mount_rootfs(kind.as_deref(), source.as_deref(), &mount.options, target)
     })
+}
+
+/// What the library that mounts takes for granted: a target below the root, and layers that are there. Of an overlay with
+/// many it enters the directory above them, and ends the process when that is not there.
+fn check_mount(mount: &Mount) -> containerd_shim::Result<()> {
+    let refused = |what: String| Err(containerd_shim::Error::InvalidArgument(what));
+    if Path::new(&mount.target).components().any(|part| part == Component::ParentDir) {
+        return refused(format!("mount target {:.100} leads out of the root file system", mount.target));
+    }
+    let layers = mount.options.iter().filter_map(|option| option.strip_prefix("lowerdir="));
+    match layers.flat_map(|layers| layers.split(':')).find(|layer| !Path::new(layer).is_dir()) {
+        Some(layer) if mount.type_ == "overlay" => refused(format!("layer {layer:.100} is not a directory")),
+        _ => Ok(()),
+    }
+}
+
+/// Ends a process that was made and is not to be, in the guest; blocks. Each step has its time limit.
+pub(crate) fn unmake(vm: &Vm, container: &str, exec: &str) {
+    let process = vm.pod.process(container, exec);
+    // A guest that does not do it has it until its end.
+    let _ = process.kill(KILL);
+    let wait = Request::Wait { container: container.into(), process: exec.into() };
+    let _ = vm.pod.agent().send(wait).and_then(Pending::answer);
+    let _ = process.delete();
 }
 
 /// Puts the container's files into the share and makes it; what fails leaves nothing.
@@ -137,5 +164,25 @@ fn finish(order: &Order, mut container: Container, prepared: Prepared, vm: &Vm) 
             vm.take_away(&placed);
             Err(error)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mount(target: &str, options: &[&str]) -> Mount {
+        let options = options.iter().map(ToString::to_string).collect();
+        Mount { type_: "overlay".into(), target: target.into(), options, ..Mount::default() }
+    }
+
+    #[test]
+    fn a_mount_that_would_lead_astray_is_refused() {
+        assert!(check_mount(&mount("", &["lowerdir=/tmp:/", "upperdir=/no"])).is_ok());
+        assert!(check_mount(&mount("/a/../../b", &[])).is_err());
+        assert!(check_mount(&mount("a..b", &[])).is_ok());
+        let missing = (0..200).map(|layer| format!("/no/such/snapshots/{layer}/fs")).collect::<Vec<_>>();
+        let refused = check_mount(&mount("", &[&format!("lowerdir={}", missing.join(":"))])).unwrap_err();
+        assert!(refused.to_string().contains("/no/such/snapshots/0/fs"), "{refused}");
     }
 }

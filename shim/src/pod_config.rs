@@ -24,18 +24,22 @@ const VALUE: u32 = 2;
 
 /// The fields that are of use.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct PodSandboxConfig {
-    pub(crate) hostname: String,
-    pub(crate) cgroup_parent: String,
-    pub(crate) sysctls: Vec<(String, String)>,
-    pub(crate) cpu_period: i64,
-    pub(crate) cpu_quota: i64,
+pub struct PodSandboxConfig {
+    pub hostname: String,
+    pub cgroup_parent: String,
+    pub sysctls: Vec<(String, String)>,
+    pub cpu_period: i64,
+    pub cpu_quota: i64,
     /// Bytes.
-    pub(crate) memory_limit: i64,
+    pub memory_limit: i64,
 }
 
 impl PodSandboxConfig {
-    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, String> {
+    /// Reads the message.
+    ///
+    /// # Errors
+    /// What is wrong with it, as a sentence.
+    pub fn parse(bytes: &[u8]) -> Result<Self, String> {
         if bytes.len() > MAX_CONFIG {
             return Err(format!("The pod's configuration is over {MAX_CONFIG} bytes"));
         }

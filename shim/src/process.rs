@@ -46,6 +46,7 @@ struct Inner {
     /// An end that was told while the start was not yet answered.
     early: Option<Exit>,
     copies: Option<Copies>,
+    deleted: bool,
 }
 
 impl Process {
@@ -128,6 +129,11 @@ impl Process {
         ended.and_then(|life| exit(&life)).unwrap_or_else(|| Exit::now(255))
     }
 
+    /// Whether it has not been deleted before, nor is about to be: of several who want to, one does.
+    pub(crate) fn claim(&self) -> bool {
+        !std::mem::replace(&mut self.lock().deleted, true)
+    }
+
     pub(crate) fn close_input(&self) {
         if let Some(copies) = &mut self.lock().copies {
             copies.close_input();
@@ -168,6 +174,12 @@ mod tests {
         assert!(matches!(process.life(), Life::Exited(Exit { status: 127, .. })));
         assert!(!process.exited(Exit::now(1)));
         assert!(process.starting().is_err());
+    }
+
+    #[test]
+    fn a_process_is_deleted_once() {
+        let process = Process::new(Stdio::default(), None);
+        assert!(process.claim() && !process.claim());
     }
 
     #[test]

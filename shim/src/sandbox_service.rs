@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use async_trait::async_trait;
@@ -24,7 +24,7 @@ use crate::config_json::{ConfigJson, Role};
 use crate::error::{Result, ShimError};
 use crate::metrics::metrics;
 use crate::pod_config::PodSandboxConfig;
-use crate::service::answered;
+use crate::service::{answered, check_type, to_its_end};
 use crate::shim::Shim;
 use crate::vm::Vm;
 use crate::watch::timestamp;
@@ -33,15 +33,20 @@ use crate::watch::timestamp;
 const TERMINATED: i32 = 15;
 
 /// The service of one pod.
+#[derive(Clone)]
 pub(crate) struct SandboxService {
     shim: Arc<Shim>,
     /// What was created and not yet started.
-    created: Mutex<Option<(String, ConfigJson)>>,
+    created: Arc<Mutex<Option<(String, ConfigJson)>>>,
 }
 
 impl SandboxService {
     pub(crate) fn new(shim: Arc<Shim>) -> Self {
-        Self { shim, created: Mutex::default() }
+        Self { shim, created: Arc::default() }
+    }
+
+    fn created(&self) -> MutexGuard<'_, Option<(String, ConfigJson)>> {
+        self.created.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn create(&self, request: CreateSandboxRequest) -> Result<()> {
@@ -50,8 +55,9 @@ impl SandboxService {
             return Err(ShimError::invalid(format!("{id:?} cannot name a sandbox")));
         }
         let config = config(request)?;
-        let mut created = self.created.lock().unwrap_or_else(PoisonError::into_inner);
-        if created.is_some() || self.shim.tasks.vm().is_some() {
+        let mut created = self.created();
+        // A task, or the place of one, is that of a pod that is on its way.
+        if created.is_some() || self.shim.tasks.vm().is_some() || !self.shim.tasks.is_empty() {
             return Err(ShimError::exists("This shim has a sandbox already"));
         }
         *created = Some((id, config));
@@ -59,10 +65,14 @@ impl SandboxService {
     }
 
     async fn start(&self, id: &str) -> Result<Arc<Vm>> {
-        let created =
-            self.created.lock().unwrap_or_else(PoisonError::into_inner).take_if(|(own, _)| own == id);
+        let created = self.created().take_if(|(own, _)| own == id);
         let missing = || ShimError::not_found(format!("Sandbox {id} was not created, or is started already"));
         let (id, config) = created.ok_or_else(missing)?;
+        // Until the VM is there, nobody else is to make one.
+        let (_place, other) = self.shim.tasks.reserve(&id)?;
+        if other.is_some() {
+            return Err(ShimError::exists("This shim has a sandbox already"));
+        }
         self.shim.start_vm(&id, config).await
     }
 
@@ -75,6 +85,23 @@ impl SandboxService {
         let vm = self.vm(id)?;
         vm.ended_by(TERMINATED);
         self.shim.end_vm(vm).await;
+        Ok(())
+    }
+
+    async fn shut_down(&self, id: &str) -> Result<()> {
+        let created = self.created().as_ref().map(|(own, _)| own.clone());
+        let vm = self.shim.tasks.vm();
+        let own = vm.as_ref().map(|vm| vm.sandbox.clone()).or(created);
+        if own.is_some_and(|own| own != id) {
+            return Err(ShimError::not_found(format!("There is no sandbox {id} that was created")));
+        }
+        if vm.is_none() && !self.shim.tasks.is_empty() {
+            return Err(ShimError::wrong_state(format!("Sandbox {id} is being started")));
+        }
+        // One that was never started, or was shut down before, has nothing to be stopped.
+        let _ = self.stop(id).await;
+        vm.map(|vm| self.shim.tasks.take_vm(&vm));
+        self.shim.done.notify_one();
         Ok(())
     }
 
@@ -93,8 +120,9 @@ impl SandboxService {
 
 /// What a bundle's configuration says of a pod, from what the request says.
 fn config(request: CreateSandboxRequest) -> Result<ConfigJson> {
-    let options = request.options.as_ref().map(|options| options.value.as_slice()).unwrap_or_default();
-    let pod = PodSandboxConfig::parse(options).map_err(ShimError::invalid)?;
+    let options = request.options.clone().unwrap_or_default();
+    check_type(&options, "PodSandboxConfig")?;
+    let pod = PodSandboxConfig::parse(&options.value).map_err(ShimError::invalid)?;
     let cgroup = (!pod.cgroup_parent.is_empty()).then(|| match pod.cgroup_parent.ends_with(".slice") {
         true => PathBuf::from(format!("{}:cri-containerd:{}", pod.cgroup_parent, request.sandbox_id)),
         false => PathBuf::from(pod.cgroup_parent.clone()).join(&request.sandbox_id),
@@ -126,7 +154,8 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: StartSandboxRequest,
     ) -> ttrpc::Result<StartSandboxResponse> {
-        let started = self.start(&request.sandbox_id).await;
+        let (service, id) = (self.clone(), request.sandbox_id.clone());
+        let started = to_its_end(async move { service.start(&id).await }).await;
         let response = started.map(|vm| StartSandboxResponse {
             pid: vm.pid(),
             created_at: Some(timestamp(vm.started)).into(),
@@ -209,17 +238,9 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: ShutdownSandboxRequest,
     ) -> ttrpc::Result<ShutdownSandboxResponse> {
-        let vm = self.shim.tasks.vm();
-        if vm.as_ref().is_some_and(|vm| vm.sandbox != request.sandbox_id) {
-            // The pod that is served is not to end by a mistake about another.
-            let missing = ShimError::not_found(format!("There is no sandbox {}", request.sandbox_id));
-            return answered("shutdown_sandbox", &request.sandbox_id, Err(missing));
-        }
-        // One that was never started, or was shut down before, has nothing to be stopped.
-        let _ = self.stop(&request.sandbox_id).await;
-        vm.map(|vm| self.shim.tasks.take_vm(&vm));
-        self.shim.done.notify_one();
-        answered("shutdown_sandbox", &request.sandbox_id, Ok(ShutdownSandboxResponse::default()))
+        let (service, id) = (self.clone(), request.sandbox_id.clone());
+        let ended = to_its_end(async move { service.shut_down(&id).await }).await;
+        answered("shutdown_sandbox", &request.sandbox_id, ended.map(|()| ShutdownSandboxResponse::default()))
     }
 
     async fn sandbox_metrics(

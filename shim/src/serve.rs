@@ -28,7 +28,7 @@ use crate::service::Service;
 use crate::shim::Shim;
 use crate::start::TTRPC_ADDRESS;
 use crate::tasks::Tasks;
-use crate::watch;
+use crate::watch::{self, Notice};
 
 /// The Task API's name up to containerd 1.7; containerd 2 knows the same messages by another. It takes either.
 const TASK_V2: &str = "containerd.task.v2.Task";
@@ -102,8 +102,9 @@ async fn run(flags: &Flags, listener: UnixListener, address: &str) -> Result<(),
     server.start().await.map_err(ServeError::Server)?;
     shim.done.notified().await;
     let _ = server.shutdown().await;
-    watching.abort();
-    let _ = watching.await;
+    // What has happened until now is still told.
+    let _ = shim.notices.send(Notice::Last);
+    let _ = tokio::time::timeout(LAST_EVENTS, watching).await;
     drop((server, shim));
     let _ = tokio::time::timeout(LAST_EVENTS, forwarding).await;
     Ok(())

@@ -12,6 +12,7 @@ use containerd_shim_protos::api::{
     WaitResponse,
 };
 use containerd_shim_protos::protobuf::EnumOrUnknown;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::shim_async::Task;
 use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::r#async::TtrpcContext;
@@ -26,17 +27,47 @@ use crate::metrics::metrics;
 use crate::shim::Shim;
 use crate::watch::timestamp;
 
+/// Carries a request out to its end, whether or not its client still waits: one that goes away, or whose time is up, is to
+/// leave nothing half made.
+pub(crate) async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    let done = tokio::spawn(work).await;
+    done.unwrap_or_else(|_| Err(ShimError::internal("The shim has failed at this request")))
+}
+
 /// The service of one pod.
 pub(crate) struct Service(pub(crate) Arc<Shim>);
 
 /// The answer, with a note in the log of what was refused.
 pub(crate) fn answered<T>(name: &str, id: &str, result: Result<T>) -> ttrpc::Result<T> {
     match &result {
-        Ok(_) => debug!("{name} {id}"),
-        Err(error) if error.is_not_found() => debug!("{name} {id}: {error}"),
-        Err(error) => warn!("{name} {id}: {error}"),
+        // An id may be as long as a message.
+        Ok(_) => debug!("{name} {id:.100}"),
+        Err(error) if error.is_not_found() => debug!("{name} {id:.100}: {error}"),
+        Err(error) => warn!("{name} {id:.100}: {error}"),
     }
     Ok(result?)
+}
+
+/// Refuses what says that it is something else than is wanted; what says nothing is taken by its content. `wanted` is the
+/// last part of a type's name.
+pub(crate) fn check_type(any: &Any, wanted: &str) -> Result<()> {
+    let name = any.type_url.rsplit(['/', '.']).next().unwrap_or_default();
+    if any.type_url.is_empty() || name == wanted {
+        return Ok(());
+    }
+    Err(ShimError::invalid(format!(
+        "A message of type {:.100} was sent where {wanted} is wanted",
+        any.type_url
+    )))
+}
+
+impl Service {
+    async fn pause_or_resume(&self, id: &str, paused: bool) -> Result<Empty> {
+        let (shim, id) = (self.0.clone(), id.to_string());
+        to_its_end(async move { shim.pause(&id, paused).await.map(|()| Empty::default()) }).await
+    }
 }
 
 #[async_trait]
@@ -61,7 +92,8 @@ impl Task for Service {
             };
             let (namespace, bundle) = (self.0.namespace.clone(), request.bundle.into());
             let order = Order { namespace, id: request.id, bundle, rootfs: request.rootfs, stdio, timings };
-            let pid = self.0.create(order).await?;
+            let shim = self.0.clone();
+            let pid = to_its_end(async move { shim.create(order).await }).await?;
             Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
         };
         answered("create", &id, created.await)
@@ -70,14 +102,16 @@ impl Task for Service {
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         let timings = Timings::default();
         timings.mark("start asked");
-        let started = self.0.start(&request.id, &request.exec_id).await;
+        let (shim, id) = (self.0.clone(), request.id.clone());
+        let started = to_its_end(async move { shim.start(&id, &request.exec_id).await }).await;
         timings.mark("started");
         debug!("timings of start {}: {}", request.id, timings.line());
         answered("start", &request.id, started.map(|pid| StartResponse { pid, ..StartResponse::default() }))
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
-        let deleted = self.0.delete(&request.id, &request.exec_id).await;
+        let (shim, id) = (self.0.clone(), request.id.clone());
+        let deleted = to_its_end(async move { shim.delete(&id, &request.exec_id).await }).await;
         let response = deleted.map(|(pid, exit)| DeleteResponse {
             pid,
             exit_status: exit.status,
@@ -94,8 +128,13 @@ impl Task for Service {
             stdout: request.stdout,
             stderr: request.stderr,
         };
-        let added = self.0.exec(&request.id, &request.exec_id, stdio, &request.spec.value).await;
-        answered("exec", &request.id, added.map(|()| Empty::default()))
+        let (shim, id) = (self.0.clone(), request.id.clone());
+        let added = async move {
+            let spec = request.spec.unwrap_or_default();
+            check_type(&spec, "Process")?;
+            shim.exec(&id, &request.exec_id, stdio, &spec.value).await
+        };
+        answered("exec", &request.id, to_its_end(added).await.map(|()| Empty::default()))
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
@@ -143,11 +182,11 @@ impl Task for Service {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
-        answered("pause", &request.id, self.0.pause(&request.id, true).await.map(|()| Empty::default()))
+        answered("pause", &request.id, self.pause_or_resume(&request.id, true).await)
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        answered("resume", &request.id, self.0.pause(&request.id, false).await.map(|()| Empty::default()))
+        answered("resume", &request.id, self.pause_or_resume(&request.id, false).await)
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
@@ -163,8 +202,12 @@ impl Task for Service {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        let updated = self.0.update(&request.id, &request.resources.value).await;
-        answered("update", &request.id, updated.map(|()| Empty::default()))
+        let updated = async {
+            let resources = request.resources.clone().unwrap_or_default();
+            check_type(&resources, "LinuxResources")?;
+            self.0.update(&request.id, &resources.value).await
+        };
+        answered("update", &request.id, updated.await.map(|()| Empty::default()))
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
@@ -195,5 +238,40 @@ impl Task for Service {
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
         self.0.shut_down();
         answered("shutdown", &request.id, Ok(Empty::default()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_type_is_known_by_its_last_name() {
+        let any = |url: &str| Any { type_url: url.into(), ..Any::default() };
+        for url in ["", "types.containerd.io/opencontainers/runtime-spec/1/Process", "Process"] {
+            assert!(check_type(&any(url), "Process").is_ok(), "{url}");
+        }
+        assert!(check_type(&any("runtime.v1.PodSandboxConfig"), "PodSandboxConfig").is_ok());
+        for url in ["types.containerd.io/opencontainers/runtime-spec/1/Spec", "x.NotProcess", "/"] {
+            assert!(check_type(&any(url), "Process").is_err(), "{url}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_request_goes_on_when_its_client_is_gone() {
+        let (sender, done) = tokio::sync::oneshot::channel();
+        let request = to_its_end(async move {
+            tokio::task::yield_now().await;
+            let _ = sender.send(());
+            Ok(())
+        });
+        let mut request = Box::pin(request);
+        let once = std::future::poll_fn(|context| {
+            assert!(request.as_mut().poll(context).is_pending());
+            std::task::Poll::Ready(())
+        });
+        once.await;
+        drop(request);
+        assert!(done.await.is_ok());
     }
 }

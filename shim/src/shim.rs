@@ -20,7 +20,7 @@ use crate::config_json::ConfigJson;
 use crate::error::{Result, ShimError};
 use crate::events::Events;
 use crate::io::Stdio;
-use crate::make::{Order, make};
+use crate::make::{Order, make, unmake};
 use crate::process::{Exit, Life, Process};
 use crate::tasks::{ContainerPart, Task, Tasks};
 use crate::vm::Vm;
@@ -31,7 +31,7 @@ const NOT_FOUND: u32 = 127;
 const NOT_EXECUTABLE: u32 = 126;
 
 /// What a pod's sandbox ends by, of the signals that it may get.
-const KILL: i32 = 9;
+pub(crate) const KILL: i32 = 9;
 const TERMINATE: i32 = 15;
 const INTERRUPT: i32 = 2;
 
@@ -93,24 +93,29 @@ impl Shim {
         let made_first = vm.is_none();
         let (order, made) = blocking(move || make(&order, vm).map(|made| (order, made))).await?;
         let (vm, made) = made;
-        let (container, copies) = match made {
-            None => (None, None),
+        let (container, copied) = match made {
+            None => (None, Ok(None)),
             Some(made) => {
-                let copies = order.stdio.copy(made.connected)?;
                 let part = ContainerPart { spec: made.spec, placed: made.placed, is_single: made_first };
-                (Some(part), Some(copies))
+                (Some(part), order.stdio.copy(made.connected).map(Some))
             }
         };
+        let (copies, refused) = copied.map_or_else(|error| (None, Some(error)), |copies| (copies, None));
         let rootfs = order.rootfs.clone();
         let first = Process::new(order.stdio.clone(), copies);
-        let task = reservation.fill(Task::new(order.id, order.bundle, vm.clone(), container, first));
+        let task = Task::new(order.id, order.bundle, vm.clone(), container, first);
+        if let Some(error) = refused {
+            self.give_up(&Arc::new(task)).await;
+            return Err(error);
+        }
+        let task = reservation.fill(task);
         if made_first {
             watch::vm(&vm, self.notices.clone());
         }
         if task.container.is_some() {
             // A VM that has ended since has told its tasks of it, and this one was not among them yet.
             if let Err(error) = watch::process(self, &task, "").await {
-                self.take_apart(&task).await;
+                self.give_up(&task).await;
                 return Err(error);
             }
             watch::oom(self, &task, 0).await;
@@ -142,21 +147,34 @@ impl Shim {
         stdio.check()?;
         let task = self.tasks.get(id)?;
         let container = task.container()?;
+        if !krx_proto::validate_id(exec) {
+            return Err(ShimError::invalid(format!("{exec:?} cannot name a process")));
+        }
         let mut spec = bundle::process(spec, &container.spec)?;
         spec.stdin = !stdio.stdin.is_empty();
         if task.process(exec).is_ok() {
             return Err(ShimError::exists(format!("Process {exec} exists already in task {id}")));
         }
-        let guest = task.vm.pod.process(id, exec);
-        let (wanted, made) = (stdio.clone(), guest.clone());
+        let (wanted, made) = (stdio.clone(), task.vm.pod.process(id, exec));
         let connected = blocking(move || {
             made.exec(spec)?;
+            // As with a container: a guest that takes no connections is not to be dealt with any longer.
             Ok(wanted.connect(&made).inspect_err(|_| drop(made.kill(KILL)))?)
         })
         .await?;
-        let copies = stdio.copy(connected)?;
-        task.add(exec, Process::new(stdio, Some(copies)))?;
-        watch::process(self, &task, exec).await?;
+        let added = match stdio.copy(connected) {
+            Ok(copies) => task.add(exec, Process::new(stdio, Some(copies))),
+            Err(error) => Err(error),
+        };
+        let watched = match added {
+            Ok(()) => watch::process(self, &task, exec).await.inspect_err(|_| task.forget(exec)),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = watched {
+            let (vm, id, exec) = (task.vm.clone(), task.id.clone(), exec.to_string());
+            let _ = spawn_blocking(move || unmake(&vm, &id, &exec)).await;
+            return Err(error);
+        }
         self.events.send(TaskExecAdded {
             container_id: id.into(),
             exec_id: exec.into(),
@@ -226,16 +244,16 @@ impl Shim {
         }
         let exit = process.wait().await;
         process.finish_output().await;
-        let guest = task.vm.pod.process(id, exec);
+        if !process.claim() {
+            return Err(ShimError::not_found(format!("The process of task {id} is deleted already")));
+        }
         if !exec.is_empty() {
+            let guest = task.vm.pod.process(id, exec);
             let _ = spawn_blocking(move || guest.delete()).await;
             task.forget(exec);
             return Ok((pid, exit));
         }
-        // Of several that delete it at once, one has done so.
-        if !self.take_apart(&task).await {
-            return Err(ShimError::not_found(format!("There is no task {id}")));
-        }
+        self.release(&task, |vm, id| drop(vm.pod.process(id, "").delete())).await;
         self.events.send(TaskDelete {
             container_id: id.into(),
             id: id.into(),
@@ -247,16 +265,19 @@ impl Shim {
         Ok((pid, exit))
     }
 
-    /// Takes away what a task has in its VM, and the VM where that goes with it. False if somebody else has done so.
-    async fn take_apart(&self, task: &Arc<Task>) -> bool {
+    /// Takes a task back that could not be made whole.
+    async fn give_up(&self, task: &Arc<Task>) {
+        self.release(task, |vm, id| unmake(vm, id, "")).await;
+    }
+
+    /// Lets go of all that a task has. `forget` has the guest forget a container; a guest that has ended has forgotten it.
+    async fn release(&self, task: &Arc<Task>, forget: impl FnOnce(&Vm, &str) + Send + 'static) {
         match &task.container {
             Some(container) if !container.is_single => {
                 task.vm.volumes.remove(&task.id);
-                let guest = task.vm.pod.process(&task.id, "");
-                let (vm, placed) = (task.vm.clone(), container.placed.clone());
+                let (vm, id, placed) = (task.vm.clone(), task.id.clone(), container.placed.clone());
                 let _ = spawn_blocking(move || {
-                    // A guest that has ended has forgotten it, too.
-                    let _ = guest.delete();
+                    forget(&vm, &id);
                     vm.take_away(&placed);
                 })
                 .await;
@@ -267,7 +288,7 @@ impl Shim {
                 self.tasks.take_vm(&task.vm);
             }
         }
-        self.tasks.remove(task)
+        self.tasks.remove(task);
     }
 
     /// Makes the pod's VM without a task that stands for it.
@@ -392,6 +413,7 @@ impl Shim {
     /// Stops the processes of a container, or lets them go on; a sandbox is its VM.
     pub(crate) async fn pause(&self, id: &str, paused: bool) -> Result<()> {
         let task = self.tasks.get(id)?;
+        let _turn = task.pausing.lock().await;
         if task.first.life() != Life::Running {
             return Err(ShimError::wrong_state(format!("Task {id} is not running")));
         }
@@ -421,7 +443,8 @@ impl Shim {
 
     /// Ends the shim, if it has nothing left to serve.
     pub(crate) fn shut_down(self: &Arc<Self>) {
-        if self.tasks.is_empty() {
+        // A pod that was asked for by the Sandbox service has no task, and ends by that service.
+        if self.tasks.is_empty() && self.tasks.vm().is_none() {
             self.done.notify_one();
         } else if self.tasks.vm().is_none() {
             // Of a containerd that was killed while it made them, there may be tasks that it does not know.
@@ -434,7 +457,7 @@ impl Shim {
                 }
             });
         } else {
-            warn!("there are tasks left: the shim goes on");
+            warn!("there is a pod, or tasks, left: the shim goes on");
         }
     }
 }

@@ -56,21 +56,32 @@ pub(crate) enum StartError {
 pub(crate) fn start(flags: &Flags) -> Result<(), StartError> {
     let (options, bootstrap) = parameters(flags, &input()?)?;
     let role = role(Path::new("."))?;
-    let address = match &role {
+    let (address, child) = match &role {
         Role::Member(sandbox) => {
             let address = options.socket_address(sandbox);
             UnixStream::connect(socket_path(&address)).map_err(|_| StartError::NoPod(sandbox.clone()))?;
-            address
+            (address, None)
         }
         Role::Single | Role::Sandbox => {
             let address = options.socket_address(&options.id);
-            serve(&options, &address)?;
-            address
+            let child = serve(&options, &address)?;
+            (address, Some(child))
         }
     };
-    fs::write(ADDRESS, &address).map_err(StartError::Answer)?;
-    let answer = if bootstrap { encode(&address)? } else { address.into_bytes() };
-    io::stdout().write_all(&answer).map_err(StartError::Answer)
+    let answered = answer(&address, bootstrap);
+    if let (Err(_), Some(mut child)) = (&answered, child) {
+        // Nobody knows of it: it would wait for requests for ever.
+        let _ = child.kill();
+        let _ = fs::remove_file(socket_path(&address));
+    }
+    answered
+}
+
+fn answer(address: &str, bootstrap: bool) -> Result<(), StartError> {
+    fs::write(ADDRESS, address).map_err(StartError::Answer)?;
+    let answer = if bootstrap { encode(address)? } else { address.into() };
+    let mut stdout = io::stdout();
+    stdout.write_all(&answer).and_then(|()| stdout.flush()).map_err(StartError::Answer)
 }
 
 /// The place in a pod of what is to be served. A sandbox that containerd asks for by the Sandbox service has a bundle
@@ -138,7 +149,7 @@ fn encode(address: &str) -> Result<Vec<u8>, StartError> {
     result.write_to_bytes().map_err(|error| StartError::Answer(io::Error::other(error)))
 }
 
-fn serve(options: &StartOpts, address: &str) -> Result<(), StartError> {
+fn serve(options: &StartOpts, address: &str) -> Result<Child, StartError> {
     let path = socket_path(address);
     let failed = |source| StartError::Listen { path: path.into(), source };
     if let Some(directory) = path.parent() {
@@ -155,7 +166,7 @@ fn serve(options: &StartOpts, address: &str) -> Result<(), StartError> {
     if spawned.is_err() {
         let _ = fs::remove_file(path);
     }
-    spawned.map(drop).map_err(StartError::Spawn)
+    spawned.map_err(StartError::Spawn)
 }
 
 fn spawn(options: &StartOpts, listener: UnixListener) -> io::Result<Child> {

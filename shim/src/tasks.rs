@@ -23,6 +23,8 @@ pub(crate) struct Task {
     pub(crate) first: Process,
     added: Mutex<BTreeMap<String, Arc<Process>>>,
     paused: AtomicBool,
+    /// Held while it is paused or resumed: of two who want the same, one does.
+    pub(crate) pausing: tokio::sync::Mutex<()>,
 }
 
 /// What a container has beside its task.
@@ -61,7 +63,8 @@ impl Task {
         first: Process,
     ) -> Self {
         let (added, paused) = (Mutex::default(), AtomicBool::new(false));
-        Self { id, bundle, vm, container, first, added, paused }
+        let pausing = tokio::sync::Mutex::default();
+        Self { id, bundle, vm, container, first, added, paused, pausing }
     }
 
     fn added(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Process>>> {
@@ -175,12 +178,12 @@ impl Tasks {
         }
     }
 
-    /// Forgets a task; false if it is forgotten already. Another one by its name stays.
-    pub(crate) fn remove(&self, task: &Arc<Task>) -> bool {
+    /// Forgets a task; another one with its id stays.
+    pub(crate) fn remove(&self, task: &Arc<Task>) {
         let mut table = self.lock();
-        let is_it =
-            matches!(table.entries.get(&task.id), Some(Entry::Task(found)) if Arc::ptr_eq(found, task));
-        is_it && table.entries.remove(&task.id).is_some()
+        if matches!(table.entries.get(&task.id), Some(Entry::Task(found)) if Arc::ptr_eq(found, task)) {
+            table.entries.remove(&task.id);
+        }
     }
 
     /// All tasks, the sandbox last: it ends after its containers.

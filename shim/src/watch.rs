@@ -13,6 +13,7 @@ use krx_sandbox::agent::{AgentClient, CallError};
 use log::{error, info};
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
+use tokio::time::sleep;
 
 use crate::error::{Result, chain};
 use crate::process::Exit;
@@ -24,6 +25,8 @@ use crate::vm::Vm;
 const WITH_VM: u32 = 137;
 /// Time for a VMM that has ended to be asked why.
 const LAST_WORDS: Duration = Duration::from_millis(500);
+/// Time between two events of a container that memory ran out: a guest could tell of it without end, and of nothing else.
+const BETWEEN_OOMS: Duration = Duration::from_secs(1);
 
 /// Something has happened.
 #[derive(Debug)]
@@ -40,6 +43,8 @@ pub(crate) enum Notice {
         kills: u64,
     },
     VmEnded,
+    /// The shim ends: what comes later is told to nobody.
+    Last,
 }
 
 /// Tells of a process's end, also when it can only be inferred: dropped, it says that the connection was lost.
@@ -85,7 +90,10 @@ pub(crate) async fn oom(shim: &Shim, task: &Task, seen: u64) {
     let (notices, id) = (shim.notices.clone(), task.id.clone());
     let request = Request::WaitOom { container: id.clone(), seen };
     let sent = send(task.vm.pod.agent(), request, move |reply| {
-        if let Ok(Answer::OomKills(kills)) = reply {
+        // A guest that tells of none that are new makes no sense, and is not asked again.
+        if let Ok(Answer::OomKills(kills)) = reply
+            && kills > seen
+        {
             let _ = notices.send(Notice::Oom { task: id, kills });
         }
     });
@@ -111,10 +119,15 @@ pub(crate) async fn handle(shim: Arc<Shim>, mut notices: mpsc::UnboundedReceiver
             Notice::Oom { task, kills } => {
                 shim.events.send(TaskOOM { container_id: task.clone(), ..TaskOOM::default() });
                 if let Ok(task) = shim.tasks.get(&task) {
-                    oom(&shim, &task, kills).await;
+                    let shim = shim.clone();
+                    tokio::spawn(async move {
+                        sleep(BETWEEN_OOMS).await;
+                        oom(&shim, &task, kills).await;
+                    });
                 }
             }
             Notice::VmEnded => vm_ended(&shim).await,
+            Notice::Last => return,
         }
     }
 }
