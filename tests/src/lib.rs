@@ -12,6 +12,7 @@ pub mod image;
 pub mod lan;
 pub mod pod;
 pub mod scratch;
+pub mod shim;
 
 use std::path::{Path, PathBuf};
 

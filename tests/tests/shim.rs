@@ -1,0 +1,66 @@
+//! The shim at its own protocol, with containerd played by the test: in order, out of order, and with requests that make no
+//! sense. After each test nothing may be left of it. One test at a time, as what is left is counted on the whole host.
+
+mod shim_tests;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use tests::containerd::remains::Remains;
+use tests::shim::Player;
+
+use crate::shim_tests::{ends, events, nonsense, races, refused, sandbox};
+
+type Test = (&'static str, fn(&Player));
+
+const TESTS: [Test; 18] = [
+    ("both_ways_to_start_a_shim", ends::both_ways),
+    ("the_sandbox_service_from_end_to_end", sandbox::end_to_end),
+    ("the_sandbox_service_out_of_order", sandbox::out_of_order),
+    ("a_pod_ends_with_its_sandbox_alone", sandbox::shutdown_with_tasks),
+    ("events_of_a_life_come_once_and_in_order", events::life),
+    ("two_hundred_fast_processes_start_before_they_exit", events::fast),
+    ("memory_that_runs_out_is_told_before_the_exit", events::oom),
+    ("events_wait_for_a_containerd_that_is_away", events::away),
+    ("requests_for_a_task_that_make_no_sense", nonsense::requests),
+    ("processes_that_cannot_be_added", nonsense::additions),
+    ("all_requests_for_a_task", nonsense::whole_service),
+    ("bundles_that_cannot_be_run", refused::bundles),
+    ("what_a_pod_cannot_have_is_refused_by_name", refused::by_name),
+    ("streams_that_are_no_fifos", refused::streams),
+    ("one_of_many_creates_and_deletes_wins", races::create_and_delete),
+    ("a_client_that_leaves_leaves_nothing_half_made", races::clients_that_leave),
+    ("requests_for_a_pod_whose_vm_was_killed", ends::vm_killed),
+    ("delete_after_the_shim_was_killed", ends::shim_killed),
+];
+
+fn main() -> ExitCode {
+    let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
+    let host = if arguments.list { None } else { tests::host() };
+    let Some(host) = host else {
+        let ignored = |(name, _): Test| Trial::test(name, || Ok(())).with_ignored_flag(true);
+        return libtest_mimic::run(&arguments, TESTS.into_iter().map(ignored).collect()).exit_code();
+    };
+    let player = Arc::new(Player::new(host));
+    let trials = TESTS.into_iter().map(|(name, test)| {
+        let player = Arc::clone(&player);
+        Trial::test(name, move || attempt(&player, test))
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}
+
+fn attempt(player: &Player, test: fn(&Player)) -> Result<(), Failed> {
+    let (begin, before) = (std::time::Instant::now(), Remains::now());
+    let outcome = catch_unwind(AssertUnwindSafe(|| test(player)));
+    println!("    {:.1} s", begin.elapsed().as_secs_f32());
+    outcome.map_err(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        Failed::from(text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("panicked").to_string())
+    })?;
+    let scratch = player.scratch.path().to_string_lossy().into_owned();
+    let left = Remains::left_since(&before).into_iter().filter(|line| !line.contains(&scratch));
+    let left: Vec<_> = left.collect();
+    if left.is_empty() { Ok(()) } else { Err(format!("left behind:\n    {}", left.join("\n    ")).into()) }
+}

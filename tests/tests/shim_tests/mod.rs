@@ -1,0 +1,11 @@
+//! The tests of the suite `shim`, by what they are about.
+
+pub(crate) mod ends;
+pub(crate) mod events;
+pub(crate) mod nonsense;
+pub(crate) mod races;
+pub(crate) mod refused;
+pub(crate) mod sandbox;
+
+/// A program that runs until it is killed.
+pub(crate) const SLEEP: [&str; 2] = ["sleep", "3600"];
