@@ -16,6 +16,8 @@ use krx_proto::{Call, Message};
 use krx_sandbox::bundle::{self, PodNamespaces};
 use krx_sandbox::settings::annotations::Annotation;
 use krx_sandbox::settings::{Settings, size};
+use krx_shim::config_json::{ConfigJson, Role};
+use krx_shim::pod_config::PodSandboxConfig;
 use krx_vmm::arch::x86_64::kernel;
 use krx_vmm::config::Config;
 use krx_vmm::config::interface::Mtu;
@@ -33,7 +35,7 @@ use crate::input::Input;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 11] = [
+pub const TARGETS: [Target; 13] = [
     ("mmio_rng", mmio_rng),
     ("mmio_vsock", mmio_vsock),
     ("mmio_fs", mmio_fs),
@@ -45,6 +47,8 @@ pub const TARGETS: [Target; 11] = [
     ("bundle", bundle),
     ("settings", settings),
     ("annotations", annotations),
+    ("shim_config", shim_config),
+    ("pod_sandbox_config", pod_sandbox_config),
 ];
 
 thread_local! {
@@ -168,6 +172,26 @@ pub fn annotations(data: &[u8]) {
     match size::of_sandbox(&settings, pairs) {
         Ok(size) => assert!(size.memory <= settings.vm.max_memory && size.vcpus <= settings.vm.max_cpus),
         Err(error) => assert!(error.to_string().len() < 1024, "{error}"),
+    }
+}
+
+/// What the shim itself reads of a bundle's `config.json`.
+pub fn shim_config(data: &[u8]) {
+    match ConfigJson::parse(data, Path::new("config.json")) {
+        Ok(config) => {
+            let member_of = if let Role::Member(sandbox) = &config.role { sandbox.as_str() } else { "none" };
+            assert!(!member_of.is_empty());
+        }
+        Err(error) => assert!(!error.to_string().is_empty()),
+    }
+}
+
+/// The CRI's message of a pod, as the Sandbox service gets it.
+pub fn pod_sandbox_config(data: &[u8]) {
+    if let Ok(config) = PodSandboxConfig::parse(data) {
+        let read = config.hostname.len() + config.cgroup_parent.len();
+        let sysctls: usize = config.sysctls.iter().map(|(name, value)| name.len() + value.len()).sum();
+        assert!(read + sysctls <= data.len(), "no more than was given");
     }
 }
 

@@ -43,6 +43,8 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
              io.kubernetes.cri.sandbox-cpu-quota=150000\nio.kubernetes.cri.sandbox-cpu-shares=102\n",
             "io.krx.colour=red\n",
         ]),
+        "shim_config" => texts(&[BUNDLE, CONFINED, MEMBER]),
+        "pod_sandbox_config" => vec![pod_sandbox_config(), Vec::new()],
         other => panic!("no target {other}"),
     }
 }
@@ -65,6 +67,10 @@ const BUNDLE: &str = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs","readonly"
 "linux":{"namespaces":[{"type":"pid"},{"type":"mount"}],"maskedPaths":["/proc/kcore"],
 "readonlyPaths":["/proc/sys"],"sysctl":{"net.ipv4.ip_forward":"1"},"rootfsPropagation":"private"}}"#;
 
+const MEMBER: &str = r#"{"ociVersion":"1.2.0","annotations":{"io.kubernetes.cri.container-type":"container",
+"io.kubernetes.cri.sandbox-id":"p","io.kubernetes.cri.sandbox-cpu-quota":"50000","io.kubernetes.cri.sandbox-cpu-period":"100000"},
+"linux":{"cgroupsPath":"a.slice:b:c","namespaces":[{"type":"network","path":"/run/netns/x"}]}}"#;
+
 const CONFINED: &str = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"},
 "process":{"args":["sh"],"cwd":"/","user":{"uid":0,"gid":0},"apparmorProfile":"unconfined","oomScoreAdj":5},
 "linux":{"namespaces":[{"type":"network"},{"type":"ipc","path":"/proc/7/ns/ipc"},{"type":"uts"}],
@@ -80,6 +86,17 @@ const CONFINED: &str = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"},
 const PROCESS: &str = r#"{"args":["ls"],"cwd":"/","user":{"uid":1,"gid":2},"terminal":true,"consoleSize":{"height":24,"width":80}}"#;
 const RESOURCES: &str =
     r#"{"memory":{"limit":-1},"cpu":{"quota":-1,"idle":1,"burst":5},"blockIO":{"weight":500}}"#;
+
+/// A host name, a parent cgroup, a kernel parameter, and limits (k8s.io/cri-api, `api.proto`).
+fn pod_sandbox_config() -> Vec<u8> {
+    let field = |number: u8, bytes: &[u8]| {
+        [&[number << 3 | 2, u8::try_from(bytes.len()).unwrap_or(0)], bytes].concat()
+    };
+    let sysctl = field(3, &[field(1, b"net.core.somaxconn"), field(2, b"64")].concat());
+    let limits = field(5, &[1 << 3, 100, 2 << 3, 50, 4 << 3, 0x80, 0x01]);
+    let linux = field(8, &[field(1, b"/kubepods"), sysctl, limits].concat());
+    [field(1, b"metadata"), field(2, b"web-0"), linux].concat()
+}
 
 /// Steps of a driver, as `device` reads them.
 struct Steps(Vec<u8>);

@@ -104,5 +104,7 @@ targets!(
     agent_frames,
     bundle,
     settings,
-    annotations
+    annotations,
+    shim_config,
+    pod_sandbox_config
 );
