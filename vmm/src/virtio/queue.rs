@@ -91,10 +91,17 @@ impl LiveQueue {
         self.kick.as_raw_fd()
     }
 
-    /// Clears the kick; to be called before the queue is drained, so that none is lost.
+    /// Clears the kick; the queue is to be looked at afterwards, so that none is lost.
     pub fn clear_kick(&self) {
         // The eventfd is non-blocking: an error means that nothing was signalled.
         let _ = self.kick.read();
+    }
+
+    /// Makes the kick readable: for who stops before the queue is empty. The driver need not kick for what it has added since
+    /// it was told to stop.
+    pub fn kick_again(&self) {
+        // The counter is at its maximum, where this fails, only if the kick is readable.
+        let _ = self.kick.write(1);
     }
 
     #[must_use]

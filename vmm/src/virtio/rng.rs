@@ -90,17 +90,21 @@ impl Worker for RngWorker {
 
     fn run(&mut self) -> Result<(), DeviceError> {
         let mut served = false;
+        let mut drained = false;
+        self.queue.clear_kick();
         for _ in 0..CHAINS_PER_RUN {
             if self.serve()? {
                 served = true;
                 continue;
             }
-            // The kick is cleared once the queue is empty and the queue looked at again afterwards: a chain added in
-            // between is seen, and a run that ends at its bound leaves the kick readable for the next one.
-            self.queue.clear_kick();
+            // Asking for kicks may show that chains came just before.
             if !self.queue.enable_kicks()? {
+                drained = true;
                 break;
             }
+        }
+        if !drained {
+            self.queue.kick_again();
         }
         if served { self.queue.notify() } else { Ok(()) }
     }

@@ -326,3 +326,24 @@ fn configuration_has_tag_and_queue_count() {
     device.read_config(u64::MAX, &mut config);
     assert!(Fs::new(&"x".repeat(37), &std::env::temp_dir()).is_err());
 }
+
+/// The driver's kick is cleared by the run before, which sees the first of many come when it asks for kicks again.
+#[test]
+fn requests_beyond_a_turn_are_served_in_the_next() {
+    let driver = Driver::new("turns");
+    let mut bytes = [0; request::IN_HEADER];
+    bytes[0] = 40;
+    bytes[4] = 99;
+    driver.memory.write_slice(&bytes, GuestAddress(REQUEST)).unwrap();
+    let mock = MockSplitQueue::new(&driver.memory, 256);
+    let chains: Vec<_> =
+        (0..100).flat_map(|at| [part(REQUEST, 40, NEXT, at * 2 + 1), part(REPLY, 16, WRITE, 0)]).collect();
+    mock.add_desc_chains(&chains, 0).unwrap();
+    let (mut queue, kick) = testing::live_queue(&driver.memory, &mock, &testing::interrupt().0);
+    for served in [64, 100] {
+        worker::serve_queue(&driver.server, &driver.memory, &mut queue).unwrap();
+        assert_eq!(u16::from_le(mock.used().idx().load()), served);
+        assert_eq!(kick.read().is_ok(), served < 100, "whether it is to be looked at again");
+        kick.write(u64::from(served < 100)).unwrap();
+    }
+}

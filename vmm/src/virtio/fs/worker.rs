@@ -65,16 +65,16 @@ impl Worker for FsWorker {
     }
 }
 
-/// Serves what is in one queue, up to the budget; what is left keeps the kick readable.
+/// Serves what is in one queue, up to the budget; what may be left makes the kick readable.
 pub(super) fn serve_queue(
     server: &Server,
     memory: &GuestMemoryMmap,
     queue: &mut LiveQueue,
 ) -> Result<(), DeviceError> {
+    queue.clear_kick();
     for _ in 0..BUDGET {
         let Some(chain) = queue.pop()? else {
-            // Cleared once the queue is empty, and looked at again afterwards: no request is missed.
-            queue.clear_kick();
+            // Asking for kicks may show that requests came just before.
             if queue.enable_kicks()? {
                 continue;
             }
@@ -86,6 +86,7 @@ pub(super) fn serve_queue(
         // At once: the process that asked sleeps until then.
         queue.notify()?;
     }
+    queue.kick_again();
     Ok(())
 }
 
