@@ -52,7 +52,7 @@ impl SandboxService {
     fn create(&self, request: CreateSandboxRequest) -> Result<()> {
         let id = request.sandbox_id.clone();
         if !krx_proto::validate_id(&id) {
-            return Err(ShimError::invalid(format!("{id:?} cannot name a sandbox")));
+            return Err(ShimError::invalid(format!("No sandbox can be named {id:?}")));
         }
         let config = config(request)?;
         let mut created = self.created();

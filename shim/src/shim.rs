@@ -148,7 +148,7 @@ impl Shim {
         let task = self.tasks.get(id)?;
         let container = task.container()?;
         if !krx_proto::validate_id(exec) {
-            return Err(ShimError::invalid(format!("{exec:?} cannot name a process")));
+            return Err(ShimError::invalid(format!("No process can be named {exec:?}")));
         }
         let mut spec = bundle::process(spec, &container.spec)?;
         spec.stdin = !stdio.stdin.is_empty();

@@ -155,7 +155,7 @@ impl Tasks {
     /// Takes an id, and says in which VM its task is to be. Only one task at a time can be that which makes the VM.
     pub(crate) fn reserve(&self, id: &str) -> Result<(Reservation<'_>, Option<Arc<Vm>>)> {
         if !krx_proto::validate_id(id) {
-            return Err(ShimError::invalid(format!("{id:?} cannot name a task")));
+            return Err(ShimError::invalid(format!("No task can be named {id:?}")));
         }
         let mut table = self.lock();
         if table.entries.contains_key(id) {

@@ -5,6 +5,7 @@
 //! `make test` does, it fails instead.
 
 pub mod agent;
+pub mod attempt;
 pub mod containerd;
 pub mod cri;
 pub mod guest;

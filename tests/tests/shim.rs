@@ -3,11 +3,11 @@
 
 mod shim_tests;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use libtest_mimic::{Arguments, Failed, Trial};
+use tests::attempt;
 use tests::containerd::remains::Remains;
 use tests::shim::Player;
 
@@ -52,13 +52,8 @@ fn main() -> ExitCode {
 }
 
 fn attempt(player: &Player, test: fn(&Player)) -> Result<(), Failed> {
-    let (begin, before) = (std::time::Instant::now(), Remains::now());
-    let outcome = catch_unwind(AssertUnwindSafe(|| test(player)));
-    println!("    {:.1} s", begin.elapsed().as_secs_f32());
-    outcome.map_err(|panic| {
-        let text = panic.downcast_ref::<String>().map(String::as_str);
-        Failed::from(text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("panicked").to_string())
-    })?;
+    let before = Remains::now();
+    attempt::attempt(|| test(player))?;
     let scratch = player.scratch.path().to_string_lossy().into_owned();
     let left = Remains::left_since(&before).into_iter().filter(|line| !line.contains(&scratch));
     let left: Vec<_> = left.collect();

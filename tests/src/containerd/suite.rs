@@ -1,12 +1,12 @@
 //! A suite of tests that share one containerd: it costs seconds to start under emulation.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use libtest_mimic::{Arguments, Failed, Trial};
+use libtest_mimic::{Arguments, Trial};
 
 use super::Engine;
+use crate::attempt::attempt;
 
 /// A test's name, and the test.
 pub type Test = (&'static str, fn(&Engine));
@@ -38,7 +38,7 @@ fn run_with(arguments: &Arguments, tests: &[Test]) -> ExitCode {
     let engine = Arc::new(Engine::start());
     let trials = tests.iter().map(|(name, test)| {
         let (engine, test) = (Arc::clone(&engine), *test);
-        Trial::test(*name, move || attempt(&engine, test))
+        Trial::test(*name, move || attempt(|| test(&engine)))
     });
     let conclusion = libtest_mimic::run(arguments, trials.collect());
     let engine = Arc::into_inner(engine).expect("no test runs");
@@ -51,15 +51,4 @@ fn run_with(arguments: &Arguments, tests: &[Test]) -> ExitCode {
         return ExitCode::FAILURE;
     }
     conclusion.exit_code()
-}
-
-/// Where the message of a panic comes from is told by the panic itself, on standard error.
-fn attempt(engine: &Engine, test: fn(&Engine)) -> Result<(), Failed> {
-    let begin = std::time::Instant::now();
-    let outcome = catch_unwind(AssertUnwindSafe(|| test(engine)));
-    println!("    {:.1} s", begin.elapsed().as_secs_f32());
-    outcome.map_err(|panic| {
-        let text = panic.downcast_ref::<String>().map(String::as_str);
-        Failed::from(text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("panicked").to_string())
-    })
 }

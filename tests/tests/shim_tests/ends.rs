@@ -138,7 +138,9 @@ pub(crate) fn shim_killed(player: &Player) {
 fn socket_owner(address: &str) -> i32 {
     let path = address.trim_start_matches("unix://");
     let sockets = fs::read_to_string("/proc/net/unix").expect("sockets");
-    let line = sockets.lines().find(|line| line.ends_with(path)).expect("the socket");
+    // Connections bear the path, too, but only what listens has this flag.
+    let listens = |line: &&str| line.split_whitespace().nth(3) == Some("00010000");
+    let line = sockets.lines().filter(listens).find(|line| line.ends_with(path)).expect("the socket");
     let inode = format!("socket:[{}]", line.split_whitespace().nth(6).expect("inode"));
     let pids = fs::read_dir("/proc").expect("/proc").flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());

@@ -106,7 +106,7 @@ pub(crate) fn out_of_order(player: &Player) {
         assert_refused(
             service.create_sandbox(limit(), &creation(bad)),
             Code::INVALID_ARGUMENT,
-            "cannot name",
+            "can be named",
         );
     }
     let mut odd = creation(&id);
