@@ -80,6 +80,16 @@ echo "     host and command took $(seconds) s"
 check "stdin to stdout is binary-clean" "$(sha256sum <"$work/in")" "$(sha256sum <"$work/out")"
 check "environment and directory are the caller's" "two words in $(pwd)" "$(head -n 1 "$work/err")"
 check "there is a /dev/kvm" 1 "$(grep -c /dev/kvm "$work/err")"
+if [ "$where" = emulated ]; then
+    check "this machine's QEMU is one that is mended" True "$(TMPDIR="$work" python3 -c '
+import sys
+sys.path.insert(0, "tests")
+sys.dont_write_bytecode = True
+from kvm_host.machine import Machine, Shape
+machine = Machine(Shape())
+print(machine.mended)
+machine.close()')"
+fi
 check "files written inside are here" x "$(cat "$work/from-inside")"
 gone "after the end"
 

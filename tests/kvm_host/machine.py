@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import setup
+from . import mend, setup
 from .errors import HostError
 
 BOOT_SECONDS = 180
@@ -119,6 +119,7 @@ class Machine:
         self.kernel = setup.kernel()
         self.directory, self._lock = make_directory()
         self._children = []
+        self.mended = False
         try:
             self._start()
         except BaseException:
@@ -141,6 +142,8 @@ class Machine:
                 listener,
             )
             self._spawn(self._qemu(qemus.fileno()), "qemu.log", qemus)
+            # Popen returns when it is executed; a guest of its own it can only have in seconds.
+            self.mended = mend.mend(self._children[-1].pid)
 
     def _write_files(self):
         init = self.directory / "init"
@@ -216,6 +219,8 @@ class Machine:
                 continue
             if name == "virtiofsd.log":
                 lines = [line for line in lines if "rror" in line]
+            if name == "qemu.log" and not self.mended:
+                lines.append("(this QEMU is not known to kvm_host/mend.py: it may hang a guest now and then)")
             if lines:
                 text += f"\n--- {name} (end)\n" + "\n".join(_end(lines))
         return text
