@@ -4,10 +4,12 @@
 //! Times are from a call to the first byte of output, of both runtimes in turn. Where krx's goes is taken in runs of
 //! their own, from the shim's log, as logging takes time. All programs lie in a root file system in memory.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -16,14 +18,12 @@ use benches::host;
 use benches::launch::{self, Options, ReportFile};
 use benches::report::{Report, Row};
 use benches::resident;
-use benches::root::Root;
 use benches::start::monotonic_ns;
 use benches::tracing::Recording;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::Signal;
-use tests::containerd::image::{self, SMALL};
-use tests::containerd::tools::Tools;
-use tests::containerd::{Engine, KRX, RUNC, Runtime, Setup};
+use tests::containerd::image::SMALL;
+use tests::containerd::{Engine, KRX, RUNC, Runtime};
 use tests::cri::messages::{PodLinux, Resources};
 use tests::cri::pod::{Pod, PodPlan};
 use tests::pod::until;
@@ -43,23 +43,6 @@ const USED_MIB: i64 = 240;
 const SETTLE: Duration = Duration::from_secs(3);
 const ENDS: Duration = Duration::from_secs(60);
 
-const PROGRAMS: [&str; 12] = [
-    "containerd/usr/bin/containerd",
-    "containerd/usr/bin/ctr",
-    "containerd/usr/bin/containerd-shim-runc-v2",
-    "containerd/usr/sbin/runc",
-    "containerd/usr/sbin/iptables",
-    "containerd/usr/sbin/ip6tables",
-    "containerd/bin/ip",
-    "containerd/usr/lib/cni/bridge",
-    "containerd/usr/lib/cni/host-local",
-    "containerd/usr/lib/cni/loopback",
-    "containerd/usr/lib/cni/portmap",
-    "release/containerd-shim-krx-v2",
-];
-const FILES: [&str; 3] = ["release/krx-vmm", "guest/vmlinux", "guest/initramfs.cpio"];
-const DIRECTORIES: [&str; 1] = ["containerd/usr/lib/x86_64-linux-gnu/xtables"];
-
 fn main() -> ExitCode {
     launch::main("containerd", measure)
 }
@@ -67,7 +50,7 @@ fn main() -> ExitCode {
 fn measure(options: &Options, revision: &str) -> io::Result<ExitCode> {
     let unit = if host::is_counting() { "cms" } else { "ms" };
     let file = ReportFile::create("containerd", revision, unit)?;
-    let setup = move_into_memory()?;
+    let setup = common::move_into_memory(|_, _| Ok(()))?;
     let engine = Engine::start_with(setup);
     let runs = options.runs;
     let mut report =
@@ -88,29 +71,6 @@ fn measure(options: &Options, revision: &str) -> io::Result<ExitCode> {
     add(parts("pod", runs, unit, &engine, |name| pod(&engine, name, KRX))?);
     drop(engine);
     file.publish(&report)
-}
-
-/// Copies what is executed and read into memory, and moves there.
-fn move_into_memory() -> io::Result<Setup> {
-    let target = host::root().join("target").canonicalize()?;
-    let tools = Tools::of(target.clone());
-    let root = Root::new(target.join("containerd/usr/lib/x86_64-linux-gnu"))?;
-    for program in PROGRAMS {
-        root.copy_program(&target.join(program))?;
-    }
-    for file in FILES {
-        root.copy(&target.join(file))?;
-    }
-    for directory in DIRECTORIES {
-        root.copy_all(&target.join(directory))?;
-    }
-    // The kubelet's and the CRI plugin's part of what a pod has in its /etc.
-    fs::write(root.path(Path::new("/etc/hosts")), "127.0.0.1 localhost\n")?;
-    fs::write(root.path(Path::new("/etc/resolv.conf")), "nameserver 10.96.0.10\n")?;
-    let image = PathBuf::from("/tmp/small.tar");
-    image::small(&tools, &root.path(&image));
-    root.enter()?;
-    Ok(Setup { tools, runtime: KRX, log: "info".into(), image: Some(image) })
 }
 
 /// Instants of one start, by the monotonic clock.

@@ -18,6 +18,8 @@ pub const SMALL: &str = "krx.test/small:1";
 pub const PYTHON: &str = "krx.test/python:1";
 /// All of target/guest/software-rootfs: redis, PostgreSQL and nginx.
 pub const SOFTWARE: &str = "krx.test/software:1";
+/// All of target/guest/throughput-rootfs: fio and iperf3.
+pub const THROUGHPUT: &str = "krx.test/throughput:1";
 
 /// Of the Debian root file system, what the small image has.
 const PROGRAMS: &str = "dash cat chmod df echo env grep head hostname id ls mkdir mknod mount rm sed sleep stat stty tail touch true tty";
@@ -94,6 +96,15 @@ pub fn python(tools: &Tools, at: &Path) {
 /// When the root file system is not built.
 pub fn software(tools: &Tools, at: &Path) {
     tree(&tools.built("guest/software-rootfs", "make rootfs"), SOFTWARE, &["sh"], at);
+}
+
+/// Writes the archive of the image with programs that measure.
+///
+/// # Panics
+/// When the root file system is not built.
+pub fn throughput(tools: &Tools, at: &Path) {
+    let made_by = "rootfs/software-rootfs.sh throughput";
+    tree(&tools.built("guest/throughput-rootfs", made_by), THROUGHPUT, &["sh"], at);
 }
 
 /// Writes the archive of an image that is a directory.

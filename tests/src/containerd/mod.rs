@@ -129,7 +129,11 @@ impl Engine {
         let cni = self.scratch.join("cni-bin");
         fs::create_dir_all(&cni).expect("directory of the CNI plugins");
         for plugin in fs::read_dir(self.tools.cni()).expect("CNI plugins").flatten() {
-            symlink(plugin.path(), cni.join(plugin.file_name())).expect("CNI plugin");
+            let link = cni.join(plugin.file_name());
+            // There already when the level alone changes.
+            if !link.exists() {
+                symlink(plugin.path(), link).expect("CNI plugin");
+            }
         }
         self.scratch.write("config.toml", format!(
 r#"version = 2
