@@ -4,6 +4,7 @@
 pub mod exits;
 pub mod host;
 pub mod launch;
+pub mod microvm;
 pub mod report;
 pub mod resident;
 pub mod root;

@@ -13,6 +13,8 @@ use fuse_backend_rs::api::filesystem::{
 };
 use fuse_backend_rs::passthrough::PassthroughFs;
 
+use super::kept::Kept;
+
 type Inode = u64;
 type Handle = u64;
 type Opened = (Option<Handle>, OpenOptions, Option<u32>);
@@ -27,12 +29,21 @@ const MAX_XATTR: u32 = 64 << 10;
 const MAX_LISTING: u32 = 1 << 20;
 
 /// What the guest is served from.
-pub(super) struct Bounded(pub(super) PassthroughFs);
+pub(super) struct Bounded {
+    files: PassthroughFs,
+    kept: Kept,
+}
+
+impl Bounded {
+    pub(super) fn new(files: PassthroughFs) -> Self {
+        Self { files, kept: Kept::default() }
+    }
+}
 
 macro_rules! forward {
     ($($name:ident($($argument:ident: $kind:ty),*) -> $answer:ty;)*) => {
         $(fn $name(&self, $($argument: $kind),*) -> $answer {
-            self.0.$name($($argument),*)
+            self.files.$name($($argument),*)
         })*
     };
 }
@@ -45,16 +56,27 @@ impl FileSystem for Bounded {
     fn lookup(&self, context: &Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
         match name.to_bytes() {
             b"." | b".." => Err(io::Error::from_raw_os_error(libc::ENOENT)),
-            _ => self.0.lookup(context, parent, name),
+            _ => self.files.lookup(context, parent, name),
         }
     }
 
     fn getxattr(&self, context: &Context, inode: Inode, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
-        self.0.getxattr(context, inode, name, size.min(MAX_XATTR))
+        self.files.getxattr(context, inode, name, size.min(MAX_XATTR))
     }
 
     fn listxattr(&self, context: &Context, inode: Inode, size: u32) -> io::Result<ListxattrReply> {
-        self.0.listxattr(context, inode, size.min(MAX_XATTR))
+        self.files.listxattr(context, inode, size.min(MAX_XATTR))
+    }
+
+    /// The guest keeps its pages of a file that has stayed what it was.
+    fn open(&self, context: &Context, inode: Inode, flags: u32, fuse_flags: u32) -> io::Result<Opened> {
+        let (handle, mut options, passthrough) = self.files.open(context, inode, flags, fuse_flags)?;
+        if let Ok((stat, _)) = self.files.getattr(context, inode, handle)
+            && self.kept.opened(inode, &stat)
+        {
+            options |= OpenOptions::KEEP_CACHE;
+        }
+        Ok((handle, options, passthrough))
     }
 
     fn readdir(
@@ -66,7 +88,7 @@ impl FileSystem for Bounded {
         offset: u64,
         add: AddEntry<'_>,
     ) -> io::Result<()> {
-        self.0.readdir(context, inode, handle, size.min(MAX_LISTING), offset, add)
+        self.files.readdir(context, inode, handle, size.min(MAX_LISTING), offset, add)
     }
 
     fn readdirplus(
@@ -78,7 +100,7 @@ impl FileSystem for Bounded {
         offset: u64,
         add: AddEntryPlus<'_>,
     ) -> io::Result<()> {
-        self.0.readdirplus(context, inode, handle, size.min(MAX_LISTING), offset, add)
+        self.files.readdirplus(context, inode, handle, size.min(MAX_LISTING), offset, add)
     }
 
     // All else the library has; what it has not keeps the trait's answer, ENOSYS.
@@ -100,7 +122,6 @@ impl FileSystem for Bounded {
         rmdir(c: &Context, parent: Inode, name: &CStr) -> io::Result<()>;
         rename(c: &Context, from: Inode, old: &CStr, to: Inode, new: &CStr, flags: u32) -> io::Result<()>;
         link(c: &Context, inode: Inode, parent: Inode, name: &CStr) -> io::Result<Entry>;
-        open(c: &Context, inode: Inode, flags: u32, fuse_flags: u32) -> io::Result<Opened>;
         create(c: &Context, parent: Inode, name: &CStr, arguments: CreateIn) -> io::Result<Created>;
         read(c: &Context, inode: Inode, handle: Handle, to: &mut dyn ZeroCopyWriter, size: u32, offset: u64,
             owner: Option<u64>, flags: u32) -> io::Result<usize>;

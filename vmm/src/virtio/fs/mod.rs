@@ -5,6 +5,7 @@
 //! The device knows nothing of mounts: the tree it serves is made by [`share`](crate::share). There is no DAX window.
 
 mod bounded;
+mod kept;
 mod negotiation;
 pub mod request;
 mod worker;
@@ -81,7 +82,7 @@ fn serve(root: &Path) -> io::Result<worker::Server> {
     let root_dir = root.to_str().ok_or(io::ErrorKind::InvalidInput)?.to_string();
     let config = Config {
         root_dir,
-        // Data is kept between openings only while the file's time and size have not changed on the host.
+        // Data is kept between openings only while the file's times and size have not changed on the host: see `kept`.
         cache_policy: CachePolicy::Auto,
         attr_timeout: METADATA_TIMEOUT,
         entry_timeout: METADATA_TIMEOUT,
@@ -95,7 +96,7 @@ fn serve(root: &Path) -> io::Result<worker::Server> {
         use_host_ino: true,
         ..Config::default()
     };
-    Ok(worker::Server::new(Bounded(PassthroughFs::new(config)?)))
+    Ok(worker::Server::new(Bounded::new(PassthroughFs::new(config)?)))
 }
 
 #[cfg(test)]

@@ -151,6 +151,27 @@ fn files_are_found_and_read() {
 }
 
 #[test]
+fn pages_are_kept_of_a_file_that_has_not_changed() {
+    const KEEP_CACHE: u8 = 2;
+    let driver = Driver::new("kept");
+    let file = driver._directory.0.join("inside/file");
+    let keeps = || {
+        let node = driver.lookup("file").node();
+        driver.ask(op::OPEN, node, &[0; 8]).body[8] & KEEP_CACHE != 0
+    };
+    // What is that young might change without a trace.
+    let settle = || std::thread::sleep(Duration::from_millis(60));
+    settle();
+    assert_eq!([keeps(), keeps(), keeps()], [false, true, true]);
+    fs::write(&file, "CONTENT").unwrap();
+    assert_eq!([keeps(), keeps()], [false, false]);
+    settle();
+    assert_eq!([keeps(), keeps()], [false, true]);
+    fs::rename(driver._directory.0.join("secret"), &file).unwrap();
+    assert!(!keeps(), "another file has the name");
+}
+
+#[test]
 fn names_do_not_lead_out_of_the_share() {
     let driver = Driver::new("names");
     for name in ["..", ".", "../secret", "inside/../../secret", "/etc/passwd", "file/..", ""] {
