@@ -21,7 +21,7 @@ use self::worker::FsWorker;
 use super::device::{Activation, Device, DeviceError, DeviceKind, Placement, Worker};
 
 /// High priority (forgets), and one queue of requests.
-const QUEUE_SIZES: [u16; 2] = [64, 256];
+const QUEUE_SIZES: [u16; 2] = [64, 1024];
 /// `struct virtio_fs_config`: the tag, then the number of request queues.
 const TAG_SIZE: usize = 36;
 const CONFIG_SIZE: usize = TAG_SIZE + 4;
