@@ -49,9 +49,9 @@ lint: setup ## Formatting, clippy, licences and advisories (where cargo-deny is 
 
 check: lint test ## What CI runs
 
-bench: build rootfs containerd ## Latency and memory in counted time, in the emulated host; BENCH=boot or BENCH=containerd alone, ARGS="--runs N"
-	@scripts/workload
-	@failed=; for bench in $(or $(BENCH),boot containerd); do \
+bench: build rootfs containerd ## Latency and memory in counted time, in the emulated host; BENCH=boot, containerd or throughput alone, ARGS="--runs N"
+	@scripts/workload && rootfs/software-rootfs.sh throughput
+	@failed=; for bench in $(or $(BENCH),boot containerd throughput); do \
 		cargo bench --locked -p benches --bench $$bench -- --icount $(ARGS) || failed="$$failed $$bench"; done; [ -z "$$failed" ]
 
 fuzz: setup ## Every fuzz target for TIME=60 seconds (libFuzzer; needs g++)

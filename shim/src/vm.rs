@@ -64,6 +64,7 @@ impl Vm {
     /// Boots a VM; blocks until its agent is ready.
     pub(crate) fn boot(namespace: &str, id: &str, config: &ConfigJson, timings: &Timings) -> Result<Self> {
         let cgroup = config.cgroup.as_deref().and_then(enter);
+        timings.mark("in the pod's cgroup");
         let settings = Settings::load().map_err(|error| ShimError::wrong_state(chain(&error)))?;
         let artifacts =
             Artifacts::find(None, &settings).map_err(|error| ShimError::wrong_state(chain(&error)))?;
