@@ -254,6 +254,7 @@ impl Shim {
             return Ok((pid, exit));
         }
         self.release(&task, |vm, id| drop(vm.pod.process(id, "").delete())).await;
+        watch::added_have_ended(self, &task).await;
         self.events.send(TaskDelete {
             container_id: id.into(),
             id: id.into(),

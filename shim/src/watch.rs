@@ -3,7 +3,7 @@
 //! All of it comes through one queue, in the order in which the guest tells it, and is handled by one task: so containerd
 //! learns that memory ran out before it learns that the process is gone.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
@@ -11,9 +11,9 @@ use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use krx_proto::{Answer, ExitStatus, Request};
 use krx_sandbox::agent::{AgentClient, CallError};
 use log::{error, info};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use crate::error::{Result, chain};
 use crate::process::Exit;
@@ -27,22 +27,26 @@ const WITH_VM: u32 = 137;
 const LAST_WORDS: Duration = Duration::from_millis(500);
 /// Time between two events of a container that memory ran out: a guest could tell of it without end, and of nothing else.
 const BETWEEN_OOMS: Duration = Duration::from_secs(1);
+/// Time for the start of a process to fail whose container is gone: the guest has answered it by then.
+const LAST_START: Duration = Duration::from_secs(1);
 
-/// Something has happened.
+/// Something has happened. A task is known by itself and not by its id: once it is deleted, another may have that.
 #[derive(Debug)]
 pub(crate) enum Notice {
     /// `None`: the connection to the guest was lost before.
     Exited {
-        task: String,
+        task: Weak<Task>,
         exec: String,
         status: Option<ExitStatus>,
     },
     /// So many processes of the container were killed for want of memory since it was made.
     Oom {
-        task: String,
+        task: Weak<Task>,
         kills: u64,
     },
     VmEnded,
+    /// Answered when all that came before is handled.
+    Handled(oneshot::Sender<()>),
     /// The shim ends: what comes later is told to nobody.
     Last,
 }
@@ -50,7 +54,7 @@ pub(crate) enum Notice {
 /// Tells of a process's end, also when it can only be inferred: dropped, it says that the connection was lost.
 struct Watch {
     notices: mpsc::UnboundedSender<Notice>,
-    task: String,
+    task: Weak<Task>,
     exec: String,
     status: Option<ExitStatus>,
 }
@@ -72,10 +76,10 @@ async fn send(
 }
 
 /// Waits for the end of a process.
-pub(crate) async fn process(shim: &Shim, task: &Task, exec: &str) -> Result<()> {
-    let (notices, id, exec) = (shim.notices.clone(), task.id.clone(), exec.to_string());
-    let request = Request::Wait { container: id.clone(), process: exec.clone() };
-    let watch = Watch { notices, task: id, exec, status: None };
+pub(crate) async fn process(shim: &Shim, task: &Arc<Task>, exec: &str) -> Result<()> {
+    let (notices, exec) = (shim.notices.clone(), exec.to_string());
+    let request = Request::Wait { container: task.id.clone(), process: exec.clone() };
+    let watch = Watch { notices, task: Arc::downgrade(task), exec, status: None };
     Ok(send(task.vm.pod.agent(), request, move |reply| {
         let mut watch = watch;
         if let Ok(Answer::Exited(status)) = reply {
@@ -86,15 +90,15 @@ pub(crate) async fn process(shim: &Shim, task: &Task, exec: &str) -> Result<()> 
 }
 
 /// Waits until more than `seen` processes of a container have been killed for want of memory.
-pub(crate) async fn oom(shim: &Shim, task: &Task, seen: u64) {
-    let (notices, id) = (shim.notices.clone(), task.id.clone());
-    let request = Request::WaitOom { container: id.clone(), seen };
+pub(crate) async fn oom(shim: &Shim, task: &Arc<Task>, seen: u64) {
+    let (notices, told) = (shim.notices.clone(), Arc::downgrade(task));
+    let request = Request::WaitOom { container: task.id.clone(), seen };
     let sent = send(task.vm.pod.agent(), request, move |reply| {
         // A guest that tells of none that are new makes no sense, and is not asked again.
         if let Ok(Answer::OomKills(kills)) = reply
             && kills > seen
         {
-            let _ = notices.send(Notice::Oom { task: id, kills });
+            let _ = notices.send(Notice::Oom { task: told, kills });
         }
     });
     // Without it, only the event is missing.
@@ -112,13 +116,13 @@ pub(crate) async fn handle(shim: Arc<Shim>, mut notices: mpsc::UnboundedReceiver
         match notice {
             Notice::Exited { task, exec, status } => {
                 let status = status.map_or(WITH_VM, |status| status.shell_code().into());
-                if let Ok(task) = shim.tasks.get(&task) {
+                if let Some(task) = task.upgrade() {
                     exited(&shim, &task, &exec, Exit::now(status));
                 }
             }
             Notice::Oom { task, kills } => {
-                shim.events.send(TaskOOM { container_id: task.clone(), ..TaskOOM::default() });
-                if let Ok(task) = shim.tasks.get(&task) {
+                if let Some(task) = task.upgrade() {
+                    shim.events.send(TaskOOM { container_id: task.id.clone(), ..TaskOOM::default() });
                     let shim = shim.clone();
                     tokio::spawn(async move {
                         sleep(BETWEEN_OOMS).await;
@@ -127,6 +131,7 @@ pub(crate) async fn handle(shim: Arc<Shim>, mut notices: mpsc::UnboundedReceiver
                 }
             }
             Notice::VmEnded => vm_ended(&shim).await,
+            Notice::Handled(answer) => drop(answer.send(())),
             Notice::Last => return,
         }
     }
@@ -135,6 +140,21 @@ pub(crate) async fn handle(shim: Arc<Shim>, mut notices: mpsc::UnboundedReceiver
 /// A process whose VM ended before it was known to have it.
 pub(crate) fn went_with_vm(shim: &Arc<Shim>, task: &Arc<Task>, exec: &str) {
     exited(shim, task, exec, Exit::now(WITH_VM));
+}
+
+/// The processes that were added to a task which the guest has forgotten: all have ended with it, and containerd is told
+/// so before it is told that the task is deleted.
+pub(crate) async fn added_have_ended(shim: &Arc<Shim>, task: &Arc<Task>) {
+    // Where the guest had told of an end, that is how it was: it answers who waits before it says that it forgot.
+    let (answer, handled) = oneshot::channel();
+    if shim.notices.send(Notice::Handled(answer)).is_ok() {
+        let _ = handled.await;
+    }
+    for (exec, process) in task.processes().into_iter().filter(|(exec, _)| !exec.is_empty()) {
+        exited(shim, task, &exec, Exit::now(WITH_VM));
+        // One whose start is not answered yet is told of by that.
+        let _ = timeout(LAST_START, process.wait()).await;
+    }
 }
 
 fn exited(shim: &Arc<Shim>, task: &Arc<Task>, exec: &str, exit: Exit) {

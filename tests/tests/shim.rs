@@ -15,7 +15,7 @@ use crate::shim_tests::{ends, events, nonsense, races, refused, sandbox};
 
 type Test = (&'static str, fn(&Player));
 
-const TESTS: [Test; 18] = [
+const TESTS: [Test; 19] = [
     ("both_ways_to_start_a_shim", ends::both_ways),
     ("the_sandbox_service_from_end_to_end", sandbox::end_to_end),
     ("the_sandbox_service_out_of_order", sandbox::out_of_order),
@@ -24,6 +24,7 @@ const TESTS: [Test; 18] = [
     ("two_hundred_fast_processes_start_before_they_exit", events::fast),
     ("memory_that_runs_out_is_told_before_the_exit", events::oom),
     ("events_wait_for_a_containerd_that_is_away", events::away),
+    ("what_was_added_to_a_deleted_container_is_told_of_once", events::added_outlive_the_first),
     ("requests_for_a_task_that_make_no_sense", nonsense::requests),
     ("processes_that_cannot_be_added", nonsense::additions),
     ("all_requests_for_a_task", nonsense::whole_service),

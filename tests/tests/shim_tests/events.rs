@@ -4,8 +4,11 @@ use std::thread;
 use std::time::Duration;
 
 use containerd_shim_protos::api::{PauseRequest, ResumeRequest};
+use containerd_shim_protos::protobuf::EnumOrUnknown;
+use containerd_shim_protos::ttrpc::Code;
 use serde_json::json;
-use tests::shim::{Player, bundle, limit};
+use tests::pod::until;
+use tests::shim::{Player, assert_refused, bundle, limit};
 
 use super::SLEEP;
 
@@ -112,4 +115,51 @@ pub(crate) fn away(player: &Player) {
         "delete 137",
     ];
     player.events.expect(id, &events);
+}
+
+/// A container that shares the pod's PID namespace: what is added to it outlives its first process.
+pub(crate) fn added_outlive_the_first(player: &Player) {
+    let id = player.id("pod");
+    let pod = player.shim(&id, &bundle::sandbox(&player.host, &id));
+    let pid = pod.create(&id).expect("create");
+    pod.start(&id, "").expect("start");
+    let inside = player.id("inside");
+    let mut config = bundle::member(&player.host, &SLEEP, &id, pid);
+    config["linux"]["namespaces"][0]["path"] = json!(format!("/proc/{pid}/ns/pid"));
+    let member = player.shim(&inside, &config);
+    // Each time under the same ids: a late word of one that is deleted is not to reach the next.
+    let mut wanted = Vec::new();
+    for _ in 0..5 {
+        member.create(&inside).expect("create");
+        member.start(&inside, "").expect("start");
+        for exec in ["a", "b", "created"] {
+            member.exec(&inside, exec, &SLEEP).expect("exec");
+        }
+        for exec in ["a", "b"] {
+            member.start(&inside, exec).expect("start");
+        }
+        thread::sleep(Duration::from_millis(200));
+        for (exec, status) in [("", 2), ("a", 2), ("b", 2), ("created", 1)] {
+            let state = member.state(&inside, exec).expect("state");
+            assert_eq!(state.status, EnumOrUnknown::from_i32(status), "{exec:?}: {state:?}");
+        }
+        member.kill(&inside, "", 9).expect("kill");
+        assert_eq!(member.wait(&inside, "").expect("wait"), 137);
+        member.delete(&inside, "").expect("delete");
+        assert_refused(member.state(&inside, "a"), Code::NOT_FOUND, &inside);
+        wanted.extend(["create", "start", "added a", "added b", "added created", "started a", "started b"]);
+        // Their order is that of their ends.
+        wanted.extend(["exit 137", "exit a 137", "exit b 137", "exit created 137", "delete 137"]);
+    }
+    player.events.wait_for(&inside, "delete 137");
+    let _ =
+        until(Duration::from_secs(20), || (player.events.of(&inside).len() >= wanted.len()).then_some(()));
+    let mut told = player.events.of(&inside);
+    told.chunks_mut(12).for_each(|life| {
+        if let Some(ends) = life.get_mut(7..11) {
+            ends.sort();
+        }
+    });
+    assert_eq!(told, wanted);
+    pod.end();
 }
