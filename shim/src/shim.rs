@@ -90,6 +90,7 @@ impl Shim {
     pub(crate) async fn create(self: &Arc<Self>, order: Order) -> Result<u32> {
         order.stdio.check()?;
         let (reservation, vm) = self.tasks.reserve(&order.id)?;
+        vm.as_ref().map_or(Ok(()), |vm| vm.awake())?;
         let made_first = vm.is_none();
         let (order, made) = blocking(move || make(&order, vm).map(|made| (order, made))).await?;
         let (vm, made) = made;
@@ -136,6 +137,13 @@ impl Shim {
         Ok(vm.pid())
     }
 
+    /// A task whose guest can be asked.
+    fn awake(&self, id: &str) -> Result<Arc<Task>> {
+        let task = self.tasks.get(id)?;
+        task.vm.awake()?;
+        Ok(task)
+    }
+
     /// Adds a process to a running container.
     pub(crate) async fn exec(
         self: &Arc<Self>,
@@ -145,8 +153,9 @@ impl Shim {
         spec: &[u8],
     ) -> Result<()> {
         stdio.check()?;
-        let task = self.tasks.get(id)?;
+        let task = self.awake(id)?;
         let container = task.container()?;
+        task.thawed()?;
         if !krx_proto::validate_id(exec) {
             return Err(ShimError::invalid(format!("No process can be named {exec:?}")));
         }
@@ -185,8 +194,9 @@ impl Shim {
 
     /// Lets a process begin.
     pub(crate) async fn start(self: &Arc<Self>, id: &str, exec: &str) -> Result<u32> {
-        let task = self.tasks.get(id)?;
+        let task = self.awake(id)?;
         let process = task.process(exec)?;
+        task.thawed()?;
         let pid = task.vm.pid();
         process.starting()?;
         let started = if task.container.is_some() {
@@ -225,6 +235,9 @@ impl Shim {
     pub(crate) async fn delete(self: &Arc<Self>, id: &str, exec: &str) -> Result<(u32, Exit)> {
         let task = self.tasks.get(id)?;
         let process = task.process(exec)?;
+        if task.container.is_some() {
+            task.vm.awake()?;
+        }
         let pid = task.vm.pid();
         match process.life() {
             Life::Running => {
@@ -308,7 +321,7 @@ impl Shim {
 
     /// Ends the VM in good order.
     pub(crate) async fn end_vm(&self, vm: Arc<Vm>) {
-        let _ = spawn_blocking(move || vm.pod.shut_down()).await;
+        let _ = spawn_blocking(move || vm.end()).await;
     }
 
     /// Sends a signal to a process, or to all of a container.
@@ -328,6 +341,7 @@ impl Shim {
             }
             return Ok(());
         }
+        task.vm.awake()?;
         let request = Request::Signal {
             container: id.into(),
             process: exec.into(),
@@ -343,7 +357,7 @@ impl Shim {
     }
 
     pub(crate) async fn resize(&self, id: &str, exec: &str, size: TerminalSize) -> Result<()> {
-        let task = self.tasks.get(id)?;
+        let task = self.awake(id)?;
         task.process(exec)?;
         task.container()?;
         let request = Request::Resize { container: id.into(), process: exec.into(), size };
@@ -357,7 +371,7 @@ impl Shim {
     }
 
     pub(crate) async fn update(&self, id: &str, resources: &[u8]) -> Result<()> {
-        let task = self.tasks.get(id)?;
+        let task = self.awake(id)?;
         task.container()?;
         let mut resources = bundle::resources(resources)?;
         // Those are the host's, see `make`.
@@ -375,6 +389,7 @@ impl Shim {
 
     /// What a container uses, or all of a VM's.
     pub(crate) async fn stats_of(&self, vm: &Arc<Vm>, container: String) -> Result<Stats> {
+        vm.awake()?;
         match call(vm, Request::Stats { container }).await? {
             Answer::Stats(stats) => Ok(*stats),
             _ => Err(CallError::Unexpected.into()),
@@ -405,6 +420,7 @@ impl Shim {
         if task.container.is_none() {
             return Ok(vec![task.vm.pid()]);
         }
+        task.vm.awake()?;
         match call(&task.vm, Request::Pids { container: id.into() }).await? {
             Answer::Pids(pids) => Ok(pids),
             _ => Err(CallError::Unexpected.into()),
@@ -423,14 +439,11 @@ impl Shim {
             return Err(ShimError::wrong_state(format!("Task {id} is {state}")));
         }
         if task.container.is_some() {
+            task.vm.awake()?;
             call(&task.vm, Request::Freeze { container: id.into(), frozen: paused }).await?;
         } else {
-            let vmm = task.vm.pod.vmm();
-            blocking(move || {
-                let done = if paused { vmm.pause() } else { vmm.resume() };
-                done.map_err(|error| ShimError::internal(crate::error::chain(&error)))
-            })
-            .await?;
+            let vm = task.vm.clone();
+            blocking(move || vm.pause(paused)).await?;
         }
         task.set_paused(paused);
         let container_id = id.to_string();

@@ -117,6 +117,17 @@ impl Task {
         self.paused.load(Ordering::Relaxed)
     }
 
+    /// Refuses what no process of a frozen container could do.
+    pub(crate) fn thawed(&self) -> Result<()> {
+        if !self.is_paused() || self.first.has_exited() {
+            return Ok(());
+        }
+        Err(ShimError::wrong_state(format!(
+            "Task {} is paused, and no process begins in it: it has to be resumed first",
+            self.id
+        )))
+    }
+
     pub(crate) fn set_paused(&self, paused: bool) {
         self.paused.store(paused, Ordering::Relaxed);
     }

@@ -3,7 +3,7 @@
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 use std::time::SystemTime;
 
 use krx_sandbox::artifacts::Artifacts;
@@ -42,6 +42,8 @@ pub(crate) struct Vm {
     serial: AtomicU32,
     /// The signal by which containerd has ended the pod; 0 while it has not.
     ended_by: AtomicI32,
+    /// It stands still.
+    paused: AtomicBool,
     // Last: it can only be removed when the VMM is gone.
     _cgroup: Option<PodCgroup>,
 }
@@ -93,6 +95,7 @@ impl Vm {
             volumes,
             serial: AtomicU32::new(1),
             ended_by: AtomicI32::new(0),
+            paused: AtomicBool::new(false),
             _cgroup: cgroup,
         })
     }
@@ -110,6 +113,38 @@ impl Vm {
             paths: own.into_iter().chain(self.netns.clone()).collect(),
             is_sandbox: false,
             share_prefix: format!("{}-", self.serial.fetch_add(1, Ordering::Relaxed)),
+        }
+    }
+
+    /// Stops all of the guest, or lets it go on; blocks.
+    pub(crate) fn pause(&self, paused: bool) -> Result<()> {
+        // Noted a little longer than it stands still: no call is to be on its way then.
+        if paused {
+            self.paused.store(true, Ordering::Relaxed);
+        }
+        let vmm = self.pod.vmm();
+        let done = if paused { vmm.pause() } else { vmm.resume() };
+        self.paused.store(paused == done.is_ok(), Ordering::Relaxed);
+        done.map_err(|error| ShimError::internal(chain(&error)))
+    }
+
+    /// Refuses what a guest that stands still would never answer.
+    pub(crate) fn awake(&self) -> Result<()> {
+        if !self.paused.load(Ordering::Relaxed) || self.pod.vmm().has_ended() {
+            return Ok(());
+        }
+        Err(ShimError::wrong_state(format!(
+            "The VM of pod {} is paused, and nothing in it answers: the pod has to be resumed, or killed, first",
+            self.sandbox
+        )))
+    }
+
+    /// Ends it, in good order if the guest can; blocks.
+    pub(crate) fn end(&self) {
+        if self.awake().is_ok() {
+            self.pod.shut_down();
+        } else {
+            self.pod.vmm().kill_and_wait();
         }
     }
 

@@ -3,6 +3,7 @@
 pub(crate) mod ends;
 pub(crate) mod events;
 pub(crate) mod nonsense;
+pub(crate) mod paused;
 pub(crate) mod races;
 pub(crate) mod refused;
 pub(crate) mod sandbox;
