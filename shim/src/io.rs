@@ -1,29 +1,36 @@
-//! The standard streams of a process, between containerd's FIFOs and the guest.
+//! The standard streams of a process, between the guest and containerd's FIFOs, a file, or a logging program.
 //!
 //! Each stream is a task of its own with one buffer: who does not read stops who writes, through the pipe of the process in
 //! the guest, and nobody else.
 
-use std::os::unix::fs::FileTypeExt;
+use std::fs::{DirBuilder, OpenOptions};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use krx_proto::Stream;
 use krx_sandbox::agent::CallError;
 use krx_sandbox::process::Process;
-use tokio::io::{self, AsyncWriteExt, BufReader};
+use nix::fcntl::OFlag;
+use tokio::fs::File;
+use tokio::io::{self, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::error::{Result, ShimError};
+use crate::log_uri::LogUri;
+use crate::logger::{Logger, Owner};
 
 /// What one step moves, half of what a pipe holds; it takes memory as long as bytes are on their way.
 const BUFFER: usize = 32 << 10;
 /// How long output may be on its way once its process has ended. Another process may hold on to the stream for ever.
 const LAST_OUTPUT: Duration = Duration::from_secs(10);
 
-/// Where containerd has the other ends: paths of FIFOs, empty for what there is not.
+/// Where containerd has the other ends: paths of FIFOs, or for output a log URI; empty for what there is not.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Stdio {
     pub(crate) terminal: bool,
@@ -40,6 +47,15 @@ pub(crate) struct Connected {
     error: Option<StdUnixStream>,
 }
 
+/// Where output goes, opened.
+pub(crate) struct Outputs {
+    stdout: Output,
+    stderr: Output,
+    logger: Option<Logger>,
+}
+
+type Output = Box<dyn AsyncWrite + Send + Unpin>;
+
 /// Streams being copied.
 #[derive(Debug, Default)]
 pub(crate) struct Copies {
@@ -51,17 +67,29 @@ pub(crate) struct Copies {
     input_closed: bool,
     input: Option<JoinHandle<()>>,
     outputs: Vec<JoinHandle<()>>,
+    /// Sees to the end of the logging program.
+    logger: Option<JoinHandle<()>>,
 }
 
 impl Stdio {
-    /// Refuses what is no FIFO: URIs of logging programs, files, devices, and what does not exist.
+    /// Refuses what is neither a FIFO nor a log URI: files, devices, and what does not exist.
     pub(crate) fn check(&self) -> Result<()> {
-        for path in [&self.stdin, &self.stdout, &self.stderr] {
-            if let Some((scheme, _)) = path.split_once("://") {
-                return Err(ShimError::unimplemented(format!(
-                    "Standard streams by {scheme}:// are not supported: containerd has to give FIFOs"
-                )));
-            }
+        if LogUri::parse(&self.stdin)?.is_some() {
+            return Err(ShimError::invalid(format!(
+                "Standard input {:.200} is a log URI: containerd has to give a FIFO",
+                self.stdin
+            )));
+        }
+        let logged = LogUri::parse(&self.stdout)?.is_some();
+        if self.stderr != self.stdout
+            && (LogUri::parse(&self.stderr)?.is_some() || logged && !self.stderr.is_empty())
+        {
+            return Err(ShimError::invalid(
+                "Standard output and error have different log URIs: they have to be the same, or FIFOs",
+            ));
+        }
+        let outputs = if logged { [""; 2] } else { [self.stdout.as_str(), &self.stderr] };
+        for path in outputs.into_iter().chain([self.stdin.as_str()]) {
             if path.is_empty() {
                 continue;
             }
@@ -72,6 +100,19 @@ impl Stdio {
             }
         }
         Ok(())
+    }
+
+    /// Opens where output goes, and starts the program that takes it.
+    pub(crate) async fn open(&self, owner: Owner<'_>) -> Result<Outputs> {
+        let (stdout, stderr, logger): (Output, Output, _) = match LogUri::parse(&self.stdout)? {
+            None => (fifo(&self.stdout)?, fifo(&self.stderr)?, None),
+            Some(LogUri::File(path)) => (Box::new(append(&path)?), Box::new(append(&path)?), None),
+            Some(LogUri::Program { path, arguments }) => {
+                let (logger, streams) = Logger::start(&path, &arguments, owner).await?;
+                (Box::new(streams.stdout), Box::new(streams.stderr), Some(logger))
+            }
+        };
+        Ok(Outputs { stdout, stderr, logger })
     }
 
     /// Connects to the streams of a created process; blocks for a round trip to the guest. A stream that containerd
@@ -92,15 +133,24 @@ impl Stdio {
     }
 
     /// Begins to copy output.
-    pub(crate) fn copy(&self, connected: Connected) -> Result<Copies> {
+    pub(crate) fn copy(&self, connected: Connected, outputs: Outputs) -> Result<Copies> {
         let mut copies = Copies::default();
         if let Some(input) = connected.input {
             copies.waiting_input = Some((asynchronous(input)?, self.clone()));
         }
-        copies.outputs.push(output(&self.stdout, connected.output)?);
-        if let Some(error) = connected.error {
-            copies.outputs.push(output(&self.stderr, error)?);
+        // Held by the copies, and closed by the last of them.
+        let (going_on, mut ended) = mpsc::channel(1);
+        let error = connected.error.map(asynchronous).transpose()?;
+        copies.outputs.push(output(asynchronous(connected.output)?, outputs.stdout, going_on.clone()));
+        if let Some(error) = error {
+            copies.outputs.push(output(error, outputs.stderr, going_on));
         }
+        copies.logger = outputs.logger.map(|logger| {
+            tokio::spawn(async move {
+                let _ = ended.recv().await;
+                logger.end().await;
+            })
+        });
         Ok(copies)
     }
 }
@@ -132,6 +182,10 @@ impl Copies {
                 copy.abort();
             }
         }
+        // It has its own limits.
+        if let Some(logger) = self.logger.take() {
+            let _ = logger.await;
+        }
     }
 }
 
@@ -161,21 +215,39 @@ async fn feed(from: pipe::Receiver, mut to: UnixStream, half_close: bool) {
     }
 }
 
-fn output(path: &str, from: StdUnixStream) -> Result<JoinHandle<()>> {
-    let mut from = BufReader::with_capacity(BUFFER, asynchronous(from)?);
+fn fifo(path: &str) -> Result<Output> {
     if path.is_empty() {
-        return Ok(tokio::spawn(async move {
-            let _ = io::copy_buf(&mut from, &mut io::sink()).await;
-        }));
+        return Ok(Box::new(io::sink()));
     }
     // Read, too: a containerd that restarts leaves the FIFO without a reader for a while, which is no error.
-    let mut to = pipe::OpenOptions::new()
-        .read_write(true)
-        .open_sender(path)
-        .map_err(|error| ShimError::invalid(format!("FIFO {path} cannot be opened: {error}")))?;
-    Ok(tokio::spawn(async move {
-        let _ = io::copy_buf(&mut from, &mut to).await;
-    }))
+    Ok(Box::new(open(path, |_, path| pipe::OpenOptions::new().read_write(true).open_sender(path))?))
+}
+
+/// A log file, made with its directories if it is not there. Each stream has an opening of its own: what they append
+/// does not overwrite the other's.
+fn append(path: &Path) -> Result<File> {
+    let opened = || {
+        if let Some(directory) = path.parent() {
+            DirBuilder::new().recursive(true).mode(0o755).create(directory)?;
+        }
+        // A FIFO without a reader is not to be waited for.
+        let mut options = OpenOptions::new();
+        options.append(true).create(true).mode(0o644).custom_flags(OFlag::O_NONBLOCK.bits());
+        let file = options.open(path)?;
+        if file.metadata()?.is_file() { Ok(file) } else { Err(std::io::Error::other("it is no file")) }
+    };
+    let refused =
+        |error| ShimError::invalid(format!("Log file {} cannot be opened: {error}", path.display()));
+    opened().map(File::from_std).map_err(refused)
+}
+
+fn output(from: UnixStream, mut to: Output, going_on: mpsc::Sender<()>) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        let _ = io::copy_buf(&mut BufReader::with_capacity(BUFFER, from), &mut to).await;
+        // A file has still to write what it was given.
+        let _ = to.shutdown().await;
+        drop((to, going_on));
+    })
 }
 
 #[cfg(test)]
@@ -208,6 +280,45 @@ mod tests {
         for path in [fifo.to_str().unwrap(), "/dev/zero", "/etc/passwd", "/"] {
             assert!(with(path).check().unwrap_err().to_string().contains("FIFO"), "{path}");
         }
-        assert!(with("binary:///bin/log?x=y").check().unwrap_err().to_string().contains("binary://"));
+    }
+
+    #[test]
+    fn a_log_uri_is_for_both_outputs() {
+        let uri = "binary:///bin/log?x=y";
+        let with = |stdin: &str, stdout: &str, stderr: &str| Stdio {
+            stdin: stdin.into(),
+            stdout: stdout.into(),
+            stderr: stderr.into(),
+            terminal: false,
+        };
+        assert!(with("", uri, uri).check().is_ok() && with("", uri, "").check().is_ok());
+        for odd in
+            [with(uri, "", ""), with("", "", uri), with("", uri, "/dev/null"), with("", uri, "file:///x")]
+        {
+            assert!(odd.check().is_err(), "{odd:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn both_streams_are_appended_to_a_file() {
+        let directory = std::env::temp_dir().join(format!("krx-log-{}", std::process::id()));
+        let path = directory.join("a/log");
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, "before\n").unwrap();
+        let uri = format!("file://{}", path.display());
+        let stdio = Stdio { stdout: uri.clone(), stderr: uri, ..Stdio::default() };
+        let outputs = stdio.open(Owner { namespace: "n", id: "i" }).await.unwrap();
+        let ((out, mut to_out), (err, mut to_err)) =
+            (StdUnixStream::pair().unwrap(), StdUnixStream::pair().unwrap());
+        let copies = stdio.copy(Connected { input: None, output: out, error: Some(err) }, outputs).unwrap();
+        std::io::Write::write_all(&mut to_out, b"one\n").unwrap();
+        std::io::Write::write_all(&mut to_err, b"two\n").unwrap();
+        drop((to_out, to_err));
+        copies.finish().await;
+        let mut lines: Vec<_> = std::fs::read_to_string(&path).unwrap().lines().map(String::from).collect();
+        lines.sort_unstable();
+        assert_eq!(lines, ["before", "one", "two"]);
+        assert!(append(&directory).is_err(), "a directory");
+        std::fs::remove_dir_all(directory).unwrap();
     }
 }

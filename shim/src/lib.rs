@@ -19,6 +19,8 @@ mod error;
 mod events;
 mod flags;
 mod io;
+mod log_uri;
+mod logger;
 mod make;
 mod metrics;
 pub mod pod_config;
@@ -48,7 +50,11 @@ Actions: start, delete. -info tells what the runtime can do, -version its versio
 /// What the program does.
 #[must_use]
 pub fn main() -> ExitCode {
-    let flags = match Flags::parse(std::env::args().skip(1)) {
+    let mut arguments = std::env::args().skip(1);
+    if std::env::args().nth(1).as_deref() == Some(logger::ACTION) {
+        return fail(&logger::become_program(arguments.by_ref().skip(1)).to_string());
+    }
+    let flags = match Flags::parse(arguments) {
         Ok(flags) => flags,
         Err(error) => return fail(&error),
     };

@@ -20,6 +20,7 @@ use crate::config_json::ConfigJson;
 use crate::error::{Result, ShimError};
 use crate::events::Events;
 use crate::io::Stdio;
+use crate::logger::Owner;
 use crate::make::{Order, make, unmake};
 use crate::process::{Exit, Life, Process};
 use crate::tasks::{ContainerPart, Task, Tasks};
@@ -92,13 +93,14 @@ impl Shim {
         let (reservation, vm) = self.tasks.reserve(&order.id)?;
         vm.as_ref().map_or(Ok(()), |vm| vm.awake())?;
         let made_first = vm.is_none();
+        let outputs = order.stdio.open(Owner { namespace: &self.namespace, id: &order.id }).await?;
         let (order, made) = blocking(move || make(&order, vm).map(|made| (order, made))).await?;
         let (vm, made) = made;
         let (container, copied) = match made {
             None => (None, Ok(None)),
             Some(made) => {
                 let part = ContainerPart { spec: made.spec, placed: made.placed, is_single: made_first };
-                (Some(part), order.stdio.copy(made.connected).map(Some))
+                (Some(part), order.stdio.copy(made.connected, outputs).map(Some))
             }
         };
         let (copies, refused) = copied.map_or_else(|error| (None, Some(error)), |copies| (copies, None));
@@ -164,6 +166,7 @@ impl Shim {
         if task.process(exec).is_ok() {
             return Err(ShimError::exists(format!("Process {exec} exists already in task {id}")));
         }
+        let outputs = stdio.open(Owner { namespace: &self.namespace, id: exec }).await?;
         let (wanted, made) = (stdio.clone(), task.vm.pod.process(id, exec));
         let connected = blocking(move || {
             made.exec(spec)?;
@@ -171,7 +174,7 @@ impl Shim {
             Ok(wanted.connect(&made).inspect_err(|_| drop(made.kill(KILL)))?)
         })
         .await?;
-        let added = match stdio.copy(connected) {
+        let added = match stdio.copy(connected, outputs) {
             Ok(copies) => task.add(exec, Process::new(stdio, Some(copies))),
             Err(error) => Err(error),
         };

@@ -11,11 +11,11 @@ use tests::attempt;
 use tests::containerd::remains::Remains;
 use tests::shim::Player;
 
-use crate::shim_tests::{ends, events, nonsense, paused, races, refused, sandbox};
+use crate::shim_tests::{ends, events, logs, nonsense, paused, races, refused, sandbox};
 
 type Test = (&'static str, fn(&Player));
 
-const TESTS: [Test; 21] = [
+const TESTS: [Test; 24] = [
     ("both_ways_to_start_a_shim", ends::both_ways),
     ("the_sandbox_service_from_end_to_end", sandbox::end_to_end),
     ("the_sandbox_service_out_of_order", sandbox::out_of_order),
@@ -33,6 +33,9 @@ const TESTS: [Test; 21] = [
     ("bundles_that_cannot_be_run", refused::bundles),
     ("what_a_pod_cannot_have_is_refused_by_name", refused::by_name),
     ("streams_that_are_no_fifos", refused::streams),
+    ("output_is_appended_to_a_file", logs::file),
+    ("output_goes_to_a_logging_program", logs::program),
+    ("a_logging_program_that_stays_is_ended", logs::program_that_stays),
     ("one_of_many_creates_and_deletes_wins", races::create_and_delete),
     ("a_client_that_leaves_leaves_nothing_half_made", races::clients_that_leave),
     ("requests_for_a_pod_whose_vm_was_killed", ends::vm_killed),

@@ -2,6 +2,7 @@
 
 pub(crate) mod ends;
 pub(crate) mod events;
+pub(crate) mod logs;
 pub(crate) mod nonsense;
 pub(crate) mod paused;
 pub(crate) mod races;

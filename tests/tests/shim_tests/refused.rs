@@ -119,13 +119,23 @@ pub(crate) fn streams(player: &Player) {
     let id = shim.id.as_str();
     let file = player.scratch.write("a-file", "x").to_string_lossy().into_owned();
     let missing = player.scratch.join("no-fifo").to_string_lossy().into_owned();
-    for path in [missing.as_str(), &file, "/dev/zero", "/", "binary:///bin/log", "file:///tmp/log"] {
-        let code = if path.contains("://") { Code::UNIMPLEMENTED } else { Code::INVALID_ARGUMENT };
+    for path in [missing.as_str(), &file, "/dev/zero", "/", "attachablebinary:///bin/log", "file://log"] {
+        let code = if path.starts_with("a") { Code::UNIMPLEMENTED } else { Code::INVALID_ARGUMENT };
         for stream in 0..3 {
             let mut request = shim.creation(id);
             *[&mut request.stdin, &mut request.stdout, &mut request.stderr][stream] = path.into();
-            assert_refused(shim.task.create(limit(), &request), code, "FIFO");
+            let said = if path == "file://log" { "file://log cannot be used" } else { "FIFO" };
+            assert_refused(shim.task.create(limit(), &request), code, said);
         }
+    }
+    for (uri, said) in [
+        ("binary:///no/such/program", "/no/such/program cannot be started"),
+        ("binary:///etc/passwd", "/etc/passwd cannot be started"),
+        ("file:///dev/null", "/dev/null cannot be opened"),
+        ("file:///etc/passwd/x", "/etc/passwd/x cannot be opened"),
+    ] {
+        let request = CreateTaskRequest { stdout: uri.into(), stderr: uri.into(), ..shim.creation(id) };
+        assert_refused(shim.task.create(limit(), &request), Code::INVALID_ARGUMENT, said);
     }
     // Nobody opens their other ends.
     let fifos = ["in", "out", "err"].map(|name| player.fifo(&format!("streams-{name}")));
