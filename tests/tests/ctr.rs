@@ -8,6 +8,7 @@ use tests::containerd::Engine;
 use tests::containerd::image::SMALL;
 use tests::containerd::suite;
 use tests::pod::{finish, until};
+use tests::scratch::Scratch;
 
 fn main() -> ExitCode {
     suite::run(&[
@@ -15,6 +16,7 @@ fn main() -> ExitCode {
         ("run_of_a_missing_command_says_so", missing),
         ("run_gives_its_standard_input", input),
         ("run_has_environment_and_directory", environment),
+        ("run_gives_its_output_to_a_log_uri", log_uri),
         ("exec_in_a_running_container", exec),
         ("a_container_is_killed_and_deleted", killed),
         ("metrics_of_a_running_container", metrics),
@@ -47,6 +49,25 @@ fn environment(engine: &Engine) {
         &["sh", "-c", "echo $COLOUR $PWD"],
     );
     assert_eq!(engine.ctr_end(&run).ok().out, "red /usr\n");
+}
+
+fn log_uri(engine: &Engine) {
+    let scratch = Scratch::under(&std::env::temp_dir());
+    let log = scratch.join("logs/log");
+    let uri = format!("file://{}", log.display());
+    let run = engine.ctr_run(&["--rm", "--log-uri", &uri], "logged", &["sh", "-c", "echo out; echo err >&2"]);
+    engine.ctr_end(&run).ok();
+    let written = std::fs::read_to_string(&log).expect("the log");
+    assert!(written == "out\nerr\n" || written == "err\nout\n", "{written}");
+
+    // Its program takes the standard output alone, and is waited for before the task is deleted.
+    let out = scratch.join("out");
+    let script = format!("exec 5>&-; sleep 1; cat <&3 >{}", out.display());
+    let encoded: String = script.bytes().map(|byte| format!("%{byte:02x}")).collect();
+    let uri = format!("binary:///bin/sh?-c={encoded}");
+    let run = engine.ctr_run(&["--rm", "--log-uri", &uri], "piped", &["echo", "by a program"]);
+    engine.ctr_end(&run).ok();
+    assert_eq!(std::fs::read_to_string(&out).expect("the log"), "by a program\n");
 }
 
 fn exec(engine: &Engine) {
