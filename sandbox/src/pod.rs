@@ -227,6 +227,12 @@ impl Pod {
         if self.jail { krx_vmm::jail::SHARE.into() } else { self.directory.paths().share() }
     }
 
+    /// Where the owner may listen for who asks for the timings of starts. Gone with the pod.
+    #[must_use]
+    pub fn metrics_socket(&self) -> PathBuf {
+        self.directory.paths().metrics()
+    }
+
     /// The pod's VMM.
     #[must_use]
     pub fn vmm(&self) -> Arc<VmmProcess> {

@@ -153,6 +153,12 @@ impl PodPaths {
         self.0.join("vmm.sock")
     }
 
+    /// Unix socket of the owner that tells where the time of the pod's starts went.
+    #[must_use]
+    pub fn metrics(&self) -> PathBuf {
+        self.0.join("metrics.sock")
+    }
+
     /// Where the VMM builds the pod's share, in a mount namespace of its own.
     #[must_use]
     pub fn share(&self) -> PathBuf {

@@ -23,6 +23,7 @@ mod log_uri;
 mod logger;
 mod make;
 mod metrics;
+mod observe;
 pub mod pod_config;
 mod process;
 mod sandbox_service;

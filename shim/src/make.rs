@@ -29,7 +29,7 @@ pub(crate) struct Order {
     pub(crate) rootfs: Vec<Mount>,
     pub(crate) stdio: Stdio,
     /// Of its making.
-    pub(crate) timings: Timings,
+    pub(crate) timings: Arc<Timings>,
 }
 
 /// A container in the guest, whose first process waits for its start.

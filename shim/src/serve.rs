@@ -95,6 +95,7 @@ async fn run(flags: &Flags, listener: UnixListener, address: &str) -> Result<(),
         notices,
         done: Notify::new(),
         served_since: monotonic_ns(),
+        starts: Arc::default(),
     });
     let watching = tokio::spawn(watch::handle(shim.clone(), waiting));
     let listener = Listener::try_from(listener).map_err(ServeError::Listener)?;

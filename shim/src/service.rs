@@ -78,7 +78,7 @@ impl Task for Service {
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
         let id = request.id.clone();
-        let timings = Timings::default();
+        let timings = Arc::new(Timings::default());
         timings.mark("create asked");
         let created = async {
             if !request.checkpoint.is_empty() || !request.parent_checkpoint.is_empty() {

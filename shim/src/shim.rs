@@ -11,7 +11,7 @@ use containerd_shim_protos::events::task::{
 use krx_proto::{Answer, ErrorKind, Request, Stats, TerminalSize};
 use krx_sandbox::agent::CallError;
 use krx_sandbox::bundle;
-use krx_sandbox::timings::Timings;
+use krx_sandbox::timings::{Timings, monotonic_ns};
 use log::{Level, debug, info, log_enabled, warn};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::spawn_blocking;
@@ -22,6 +22,7 @@ use crate::events::Events;
 use crate::io::Stdio;
 use crate::logger::Owner;
 use crate::make::{Order, make, unmake};
+use crate::observe::{self, Starts};
 use crate::process::{Exit, Life, Process};
 use crate::tasks::{ContainerPart, Task, Tasks};
 use crate::vm::Vm;
@@ -50,16 +51,16 @@ pub(crate) struct Shim {
     pub(crate) done: Notify,
     /// When it began to serve (`CLOCK_MONOTONIC`).
     pub(crate) served_since: u64,
+    pub(crate) starts: Arc<Starts>,
 }
 
 /// Logs where the time of a task's making went, with that of its pod if it was made, too.
-fn tell_timings(timings: &Timings, task: &Task, served_since: Option<u64>) {
+fn tell_timings(timings: &Timings, task: &Task, made_vm: bool) {
     // What costs a round trip to the VMM is only done for who reads it.
     if !log_enabled!(Level::Debug) {
         return;
     }
-    if let Some(since) = served_since {
-        timings.add("shim serves", since);
+    if made_vm {
         task.vm.pod.collect_timings(timings);
     }
     debug!("timings of create {}: {}", task.id, timings.line());
@@ -133,8 +134,12 @@ impl Shim {
             pid: vm.pid(),
             ..TaskCreate::default()
         });
+        if made_first {
+            order.timings.add("shim serves", self.served_since);
+        }
         order.timings.mark("created");
-        tell_timings(&order.timings, &task, made_first.then_some(self.served_since));
+        tell_timings(&order.timings, &task, made_first);
+        self.starts.add(&task.id, order.timings);
         info!("task {} is created, in VM {}", task.id, vm.pid());
         Ok(vm.pid())
     }
@@ -197,6 +202,7 @@ impl Shim {
 
     /// Lets a process begin.
     pub(crate) async fn start(self: &Arc<Self>, id: &str, exec: &str) -> Result<u32> {
+        let asked = monotonic_ns();
         let task = self.awake(id)?;
         let process = task.process(exec)?;
         task.thawed()?;
@@ -230,6 +236,10 @@ impl Shim {
         });
         if let Some(exit) = early {
             watch::tell_exit(self, &task, exec, exit);
+        }
+        if exec.is_empty() {
+            self.starts.started(id, asked);
+            observe::serve(&task.vm, &self.namespace, self.starts.clone());
         }
         Ok(pid)
     }
@@ -305,6 +315,7 @@ impl Shim {
                 self.tasks.take_vm(&task.vm);
             }
         }
+        self.starts.remove(&task.id);
         self.tasks.remove(task);
     }
 
@@ -312,11 +323,17 @@ impl Shim {
     pub(crate) async fn start_vm(&self, id: &str, config: ConfigJson) -> Result<Arc<Vm>> {
         let (namespace, id) = (self.namespace.clone(), id.to_string());
         let boot = move || {
-            let vm = Vm::boot(&namespace, &id, &config, &Timings::default())?;
+            let timings = Timings::default();
+            timings.mark("start asked");
+            let vm = Vm::boot(&namespace, &id, &config, &timings)?;
             vm.pod.identify(config.hostname, config.sysctls)?;
-            Ok(vm)
+            timings.mark("started");
+            Ok((vm, timings))
         };
-        let vm = Arc::new(blocking(boot).await?);
+        let (vm, timings) = blocking(boot).await?;
+        let vm = Arc::new(vm);
+        self.starts.add(&vm.sandbox, Arc::new(timings));
+        observe::serve(&vm, &self.namespace, self.starts.clone());
         self.tasks.set_vm(vm.clone());
         watch::vm(&vm, self.notices.clone());
         Ok(vm)

@@ -44,6 +44,8 @@ pub(crate) struct Vm {
     ended_by: AtomicI32,
     /// It stands still.
     paused: AtomicBool,
+    /// Somebody serves the timings of its starts.
+    observed: AtomicBool,
     // Last: it can only be removed when the VMM is gone.
     _cgroup: Option<PodCgroup>,
 }
@@ -96,6 +98,7 @@ impl Vm {
             serial: AtomicU32::new(1),
             ended_by: AtomicI32::new(0),
             paused: AtomicBool::new(false),
+            observed: AtomicBool::new(false),
             _cgroup: cgroup,
         })
     }
@@ -114,6 +117,11 @@ impl Vm {
             is_sandbox: false,
             share_prefix: format!("{}-", self.serial.fetch_add(1, Ordering::Relaxed)),
         }
+    }
+
+    /// Whether nobody serves the timings of its starts yet: whoever asks is to do so.
+    pub(crate) fn begin_observing(&self) -> bool {
+        !self.observed.swap(true, Ordering::Relaxed)
     }
 
     /// Stops all of the guest, or lets it go on; blocks.

@@ -11,11 +11,11 @@ use tests::attempt;
 use tests::containerd::remains::Remains;
 use tests::shim::Player;
 
-use crate::shim_tests::{ends, events, logs, nonsense, paused, races, refused, sandbox};
+use crate::shim_tests::{ends, events, logs, nonsense, observed, paused, races, refused, sandbox};
 
 type Test = (&'static str, fn(&Player));
 
-const TESTS: [Test; 24] = [
+const TESTS: [Test; 25] = [
     ("both_ways_to_start_a_shim", ends::both_ways),
     ("the_sandbox_service_from_end_to_end", sandbox::end_to_end),
     ("the_sandbox_service_out_of_order", sandbox::out_of_order),
@@ -30,6 +30,7 @@ const TESTS: [Test; 24] = [
     ("all_requests_for_a_task", nonsense::whole_service),
     ("a_paused_pod_refuses_what_it_could_not_answer", paused::whole_pod),
     ("a_paused_container_begins_nothing", paused::container),
+    ("timings_of_a_pod_s_starts_are_told_until_its_end", observed::starts),
     ("bundles_that_cannot_be_run", refused::bundles),
     ("what_a_pod_cannot_have_is_refused_by_name", refused::by_name),
     ("streams_that_are_no_fifos", refused::streams),

@@ -4,6 +4,7 @@ pub(crate) mod ends;
 pub(crate) mod events;
 pub(crate) mod logs;
 pub(crate) mod nonsense;
+pub(crate) mod observed;
 pub(crate) mod paused;
 pub(crate) mod races;
 pub(crate) mod refused;

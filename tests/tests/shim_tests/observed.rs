@@ -1,0 +1,89 @@
+//! Timings of starts, for Prometheus.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use tests::pod::until;
+use tests::shim::{NAMESPACE, Player, bundle};
+
+use super::SLEEP;
+
+const REQUEST: &[u8] = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n";
+
+fn socket(pod: &str) -> PathBuf {
+    let root = std::env::var_os("KRX_STATE_DIR").map_or_else(|| "/run/krx".into(), PathBuf::from);
+    root.join(format!("{NAMESPACE}.{pod}/metrics.sock"))
+}
+
+fn ask(path: &Path, request: &[u8]) -> String {
+    let mut client = UnixStream::connect(path).expect("connect");
+    client.set_read_timeout(Some(Duration::from_secs(60))).expect("limit");
+    // One that says too much may be left before it has said all.
+    let _ = client.write_all(request);
+    let mut answer = Vec::new();
+    let _ = client.read_to_end(&mut answer);
+    String::from_utf8(answer).expect("text")
+}
+
+/// Seconds until a phase of the start of `id`.
+fn phase(answer: &str, pod: &str, id: &str, phase: &str) -> Option<f64> {
+    let sample = format!(
+        "krx_start_phase_seconds{{namespace=\"{NAMESPACE}\",pod=\"{pod}\",id=\"{id}\",phase=\"{phase}\"}} "
+    );
+    answer.lines().find_map(|line| line.strip_prefix(&sample)?.parse().ok())
+}
+
+pub(crate) fn starts(player: &Player) {
+    let id = player.id("watched");
+    let path = socket(&id);
+    let pod = player.shim(&id, &bundle::sandbox(&player.host, &id));
+    let pid = pod.create(&id).expect("create");
+    assert!(!path.exists(), "before the first start");
+    pod.start(&id, "").expect("start");
+    let _ = until(Duration::from_secs(20), || path.exists().then_some(()));
+    let answer = ask(&path, REQUEST);
+    assert!(
+        answer.starts_with("HTTP/1.0 200 OK\r\n")
+            && answer.contains("# TYPE krx_start_phase_seconds gauge\n")
+    );
+    let at = |name: &str| phase(&answer, &id, &id, name).unwrap_or_else(|| panic!("{name}: {answer}"));
+    let names = ["create asked", "vmm spawned", "agent ready", "created", "start asked", "started"];
+    assert!(names.windows(2).all(|pair| at(pair[0]) <= at(pair[1])), "{answer}");
+    assert!(
+        at("vmm spawned") < at("kernel to PID 1") && at("kernel to PID 1") < at("agent ready"),
+        "{answer}"
+    );
+
+    let inside = player.id("inside");
+    let member = player.shim(&inside, &bundle::member(&player.host, &SLEEP, &id, pid));
+    member.create(&inside).expect("create");
+    member.start(&inside, "").expect("start");
+    let answer = ask(&path, REQUEST);
+    assert_eq!(phase(&answer, &id, &inside, "create asked"), Some(0.0), "{answer}");
+    assert!(phase(&answer, &id, &inside, "started").is_some_and(|at| at > 0.0), "{answer}");
+
+    for (request, status) in [
+        (&b"GET / HTTP/1.0\r\n\r\n"[..], "404"),
+        (b"PUT /metrics HTTP/1.0\r\n\r\n", "405"),
+        (b"\xff\0\r\n\r\n", "400"),
+    ] {
+        assert!(ask(&path, request).starts_with(&format!("HTTP/1.0 {status} ")), "{status}");
+    }
+    assert!(!ask(&path, &[b'x'; 64 << 10]).contains("200 OK"));
+    // Who says nothing is left after a while, and those who wait meanwhile have their answer.
+    let begun = Instant::now();
+    let _silent = UnixStream::connect(&path).expect("connect");
+    assert!(ask(&path, REQUEST).contains("200 OK") && begun.elapsed() < Duration::from_secs(30));
+
+    member.kill(&inside, "", 9).expect("kill");
+    member.wait(&inside, "").expect("wait");
+    member.delete(&inside, "").expect("delete");
+    assert!(!ask(&path, REQUEST).contains(&inside), "it is deleted");
+    pod.end();
+    assert!(
+        until(Duration::from_secs(20), || (!path.exists()).then_some(())).is_some(),
+        "it outlives its pod"
+    );
+}
