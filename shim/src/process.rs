@@ -38,6 +38,8 @@ pub(crate) struct Process {
     pub(crate) stdio: Stdio,
     life: watch::Sender<Life>,
     inner: Mutex<Inner>,
+    /// Held while its output is waited for: who comes later waits as long.
+    finishing: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -52,7 +54,8 @@ struct Inner {
 impl Process {
     pub(crate) fn new(stdio: Stdio, copies: Option<Copies>) -> Self {
         let inner = Mutex::new(Inner { copies, ..Inner::default() });
-        Self { stdio, life: watch::Sender::new(Life::Created), inner }
+        let finishing = tokio::sync::Mutex::default();
+        Self { stdio, life: watch::Sender::new(Life::Created), inner, finishing }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -140,8 +143,9 @@ impl Process {
         }
     }
 
-    /// Waits until its output has been delivered, at most for a while.
+    /// Waits until its output has been delivered, and its logging program has ended; at most for a while.
     pub(crate) async fn finish_output(&self) {
+        let _turn = self.finishing.lock().await;
         let copies = self.lock().copies.take();
         if let Some(copies) = copies {
             copies.finish().await;
