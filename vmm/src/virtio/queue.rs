@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::DeviceError;
@@ -14,6 +14,9 @@ use super::irq::Interrupt;
 /// Where the elements of the used ring begin, and their size (`struct virtq_used` of virtio 1.2, 2.7.8).
 const USED_RING: u64 = 4;
 const USED_ELEMENT: u64 = 8;
+
+/// What a ring has beside its elements: flags, index, and the other side's event index.
+const RING_EXTRA: usize = 6;
 
 /// A chain of descriptors over the guest's memory; iterates with a bound on its length, but a loose one, see
 /// [`MAX_PARTS`].
@@ -89,6 +92,30 @@ impl LiveQueue {
     #[must_use]
     pub fn kick_fd(&self) -> RawFd {
         self.kick.as_raw_fd()
+    }
+
+    /// Signalled when the driver has notified the queue.
+    #[must_use]
+    pub fn kick(&self) -> &EventFd {
+        &self.kick
+    }
+
+    /// Where the queue lies, for who works on it in the device's place: with addresses of the host, so each part has to lie
+    /// in one region of the guest's memory.
+    ///
+    /// # Errors
+    /// [`DeviceError::Memory`] when one does not.
+    pub fn config(&self) -> Result<QueueConfig, DeviceError> {
+        let size = usize::from(self.queue.size());
+        let (descriptors, available, used) =
+            (self.queue.desc_table(), self.queue.avail_ring(), self.queue.used_ring());
+        for (address, length) in
+            [(descriptors, 16 * size), (available, RING_EXTRA + 2 * size), (used, RING_EXTRA + 8 * size)]
+        {
+            self.memory.get_slice(GuestAddress(address), length).map_err(DeviceError::Memory)?;
+        }
+        let (max_size, size) = (self.queue.max_size(), self.queue.size());
+        Ok(QueueConfig { max_size, size, ready: true, descriptors, available, used })
     }
 
     /// Clears the kick; the queue is to be looked at afterwards, so that none is lost.
@@ -224,6 +251,31 @@ mod tests {
             QueueConfig { descriptors: 8, ..good },
         ] {
             assert!(activate(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn queue_tells_where_it_lies_if_that_is_in_one_piece() {
+        let good = QueueConfig {
+            ready: true,
+            descriptors: 0x1000,
+            available: 0x4000,
+            used: 0x8000,
+            ..QueueConfig::new(256)
+        };
+        // As the two regions of a large guest, but without a hole: what crosses them is still in guest memory.
+        let ranges = [(GuestAddress(0), 0x1_0000), (GuestAddress(0x1_0000), 0x1_0000)];
+        let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+        let config = |config: QueueConfig| {
+            config.activate(&memory, testing::event(), testing::interrupt().0).unwrap().config()
+        };
+        assert_eq!(config(good).unwrap(), good);
+        for crossing in [
+            QueueConfig { descriptors: 0xf800, ..good },
+            QueueConfig { available: 0x1_0000 - 516, ..good },
+            QueueConfig { used: 0x1_0000 - 2052, ..good },
+        ] {
+            assert!(matches!(config(crossing), Err(DeviceError::Memory(_))), "{crossing:?}");
         }
     }
 
