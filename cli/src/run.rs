@@ -97,6 +97,7 @@ fn plan(arguments: &Run) -> Result<(PodConfig, Container, ExecBase), CliError> {
         boot_timeout: boot_timeout(settings.vm.boot_timeout)?,
         share: container.shared().to_vec(),
         netns: arguments.netns.clone(),
+        vhost_net: settings.vm.vhost_net,
         jail: !arguments.no_jail,
     };
     Ok((config, container, exec))

@@ -80,6 +80,8 @@ pub struct PodConfig {
     pub share: Vec<ShareEntry>,
     /// File of the network namespace whose interfaces the pod gets; without, it has no network.
     pub netns: Option<PathBuf>,
+    /// The host's kernel moves its frames, where it has vhost-net.
+    pub vhost_net: bool,
     /// The VMM is jailed. Off is for debugging.
     pub jail: bool,
 }
@@ -291,6 +293,7 @@ fn vmm_config(config: PodConfig, paths: &PodPaths, net: Vec<Interface>) -> Confi
         share: Some(Share { root: paths.share(), entries: config.share }),
         vsock: Some(paths.vsock()),
         net,
+        vhost_net: config.vhost_net,
         control: Some(paths.control()),
         lifeline_fd: None,
         state_dir: Some(paths.directory().into()),

@@ -83,6 +83,7 @@ impl Vm {
             boot_timeout: settings.vm.boot_timeout,
             share: Vec::new(),
             netns: config.netns.clone(),
+            vhost_net: settings.vm.vhost_net,
             jail: true,
         };
         let pod = Pod::boot(&StateRoot::from_env(), pod_config, timings, |_| ())?;

@@ -43,6 +43,9 @@ pub struct Config {
     /// Network interfaces, each over a tap.
     #[serde(default)]
     pub net: Vec<Interface>,
+    /// The host's kernel moves the interfaces' frames, where it has vhost-net.
+    #[serde(default = "default_vhost_net")]
+    pub vhost_net: bool,
     /// Control socket of the VMM; none without it.
     #[serde(default)]
     pub control: Option<PathBuf>,
@@ -63,6 +66,10 @@ pub struct Config {
 
 fn default_boot_timeout_ms() -> u64 {
     60_000
+}
+
+fn default_vhost_net() -> bool {
+    true
 }
 
 fn default_jail() -> bool {
@@ -100,6 +107,7 @@ pub struct ValidConfig {
     pub share: Option<Share>,
     pub vsock: Option<PathBuf>,
     pub net: Vec<ValidInterface>,
+    pub vhost_net: bool,
     pub control: Option<PathBuf>,
     pub lifeline_fd: Option<RawFd>,
     pub state_dir: Option<PathBuf>,
@@ -233,6 +241,7 @@ impl Config {
             share: self.share,
             vsock: self.vsock,
             net: interface::validate(&self.net, self.lifeline_fd).map_err(ConfigError::Net)?,
+            vhost_net: self.vhost_net,
             control: self.control,
             lifeline_fd: self.lifeline_fd,
             state_dir: self.state_dir,

@@ -13,9 +13,9 @@ use event_manager::{
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::jail::seccomp::{self, Kind};
+use crate::jail::seccomp;
 use crate::sys;
-use crate::virtio::device::{Device, DeviceError, DeviceKind, Placement, Worker};
+use crate::virtio::device::{Device, DeviceError, Placement, Worker};
 use crate::virtio::irq::Interrupt;
 use crate::virtio::mmio::{Running, WorkerHost};
 
@@ -131,8 +131,7 @@ impl Workers {
         let name = format!("krx-{}", device.kind().name());
         match device.placement() {
             Placement::EventLoop => Ok(DeviceHost::Loop { endpoint: self.endpoint.clone(), name }),
-            Placement::OwnThread => {
-                let kind = if device.kind() == DeviceKind::Net { Kind::Network } else { Kind::Files };
+            Placement::OwnThread(kind) => {
                 let (jobs, work) = mpsc::channel::<Job>();
                 thread::Builder::new().name(name.clone()).spawn(move || {
                     seccomp::confine(kind);

@@ -31,8 +31,10 @@ use crate::kvm::vcpu::{Vcpu, Vcpus};
 use crate::kvm::vm::{self, KvmError, Vm};
 use crate::memory::{self, MemoryError};
 use crate::phase::{self, Phase};
+use crate::report;
 use crate::slots::Slots;
 use crate::virtio::net::Net;
+use crate::virtio::net::vhost::Vhost;
 use crate::virtio::rng;
 
 /// How a machine ended.
@@ -116,6 +118,8 @@ pub struct Opened {
     kernel: File,
     initramfs: Option<File>,
     entropy: File,
+    /// One for each interface, or none.
+    vhost: Vec<Vhost>,
 }
 
 impl Opened {
@@ -130,8 +134,20 @@ impl Opened {
         let initramfs = config.initramfs.as_deref().map(boot::open_initramfs);
         let initramfs = initramfs.transpose().map_err(MachineError::Boot)?;
         let entropy = rng::open().map_err(MachineError::Host)?;
-        Ok(Self { memory, kvm, kernel, initramfs, entropy })
+        let vhost = open_vhost(config, &memory);
+        Ok(Self { memory, kvm, kernel, initramfs, entropy, vhost })
     }
+}
+
+/// What a host need not have: without, the VMM moves the frames itself. That is only said to who debugs.
+fn open_vhost(config: &ValidConfig, memory: &GuestMemoryMmap) -> Vec<Vhost> {
+    let count = if config.vhost_net { config.net.len() } else { 0 };
+    Vhost::open(memory, count).unwrap_or_else(|error| {
+        if config.console {
+            report::warn("Network without vhost-net", &error);
+        }
+        Vec::new()
+    })
 }
 
 impl Machine {
@@ -142,7 +158,10 @@ impl Machine {
     /// # Errors
     /// [`MachineError`]: a file that cannot be used, or what the host lacks.
     pub fn start(config: &ValidConfig, opened: Opened, inherited: Inherited) -> Result<Self, MachineError> {
-        let Inherited { lifeline, interfaces } = inherited;
+        let Inherited { lifeline, mut interfaces } = inherited;
+        for (interface, vhost) in interfaces.iter_mut().zip(opened.vhost) {
+            interface.set_vhost(vhost);
+        }
         let memory = opened.memory;
         let vm = Vm::new(&opened.kvm, &memory).map_err(MachineError::Kvm)?;
         phase::mark(Phase::VmCreated);

@@ -51,6 +51,7 @@ struct Vm {
     #[serde(deserialize_with = "timeout")]
     boot_timeout_s: Option<Duration>,
     console: Option<bool>,
+    vhost_net: Option<bool>,
 }
 
 #[derive(Debug, Default, serde::Deserialize)]
@@ -106,6 +107,7 @@ impl File {
         set(&mut settings.vm.max_cpus, vm.max_cpus);
         set(&mut settings.vm.boot_timeout, vm.boot_timeout_s);
         set(&mut settings.vm.console, vm.console);
+        set(&mut settings.vm.vhost_net, vm.vhost_net);
         set(&mut settings.vmm, vmm.path);
         set(&mut settings.annotations, annotations.allow);
         set(&mut settings.log_level, log.level);

@@ -89,6 +89,8 @@ pub struct VmSettings {
     pub boot_timeout: Duration,
     /// Shows the guest kernel's console.
     pub console: bool,
+    /// The host's kernel moves the pods' frames, where it has vhost-net.
+    pub vhost_net: bool,
 }
 
 /// Where a file is.
@@ -198,6 +200,7 @@ impl Default for VmSettings {
             max_cpus: VcpuCount::clamped(u64::MAX),
             boot_timeout: Duration::from_secs(60),
             console: false,
+            vhost_net: true,
         }
     }
 }

@@ -34,14 +34,14 @@ fn shipped_file_is_the_defaults_and_names_every_key() {
             known += 1;
         }
     }
-    assert_eq!((keys_of_file.len(), known), (13, 13));
+    assert_eq!((keys_of_file.len(), known), (14, 14));
 }
 
 #[test]
 fn every_key_has_its_effect() {
     let settings = parsed(
         "[guest]\nkernel = '/k'\ninitramfs = '/i'\nkernel_args = 'quiet'\n[vm]\nmemory_mib = 512\noverhead_mib = 32\ncpus = 2\n\
-         max_memory_mib = 1024\nmax_cpus = 4\nboot_timeout_s = 5\nconsole = true\n[vmm]\npath = '/v'\n\
+         max_memory_mib = 1024\nmax_cpus = 4\nboot_timeout_s = 5\nconsole = true\nvhost_net = false\n[vmm]\npath = '/v'\n\
          [annotations]\nallow = ['io.krx.kernel-args']\n[log]\nlevel = 'debug'\n",
     );
     let expected = Settings {
@@ -58,6 +58,7 @@ fn every_key_has_its_effect() {
             max_cpus: VcpuCount::clamped(4),
             boot_timeout: Duration::from_secs(5),
             console: true,
+            vhost_net: false,
         },
         vmm: Place::At("/v".into()),
         annotations: [Annotation::KernelArgs].into(),

@@ -26,6 +26,8 @@ pub enum Kind {
     Files,
     /// Serves a network interface.
     Network,
+    /// Has the kernel serve a network interface.
+    VhostNetwork,
     /// Serves a client of the control socket, or shuts the guest down.
     Control,
     /// Removes the pod's directory.
@@ -33,8 +35,15 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 6] =
-        [Self::EventLoop, Self::Vcpu, Self::Files, Self::Network, Self::Control, Self::Janitor];
+    const ALL: [Self; 7] = [
+        Self::EventLoop,
+        Self::Vcpu,
+        Self::Files,
+        Self::Network,
+        Self::VhostNetwork,
+        Self::Control,
+        Self::Janitor,
+    ];
 
     fn calls(self) -> &'static [&'static [Call]] {
         match self {
@@ -42,6 +51,7 @@ impl Kind {
             Self::Vcpu => &[BASIC, RUN, ACTIVATION],
             Self::Files => &[BASIC, EVENTS, FILES],
             Self::Network => &[BASIC, EVENTS, FRAMES],
+            Self::VhostNetwork => &[BASIC, EVENTS, VHOST],
             Self::Control => &[BASIC, SOCKETS, THREADS],
             Self::Janitor => &[BASIC, REMOVAL],
         }
@@ -184,6 +194,38 @@ const ACTIVATION: &[Call] = &[
 
 /// Frames of a tap.
 const FRAMES: &[Call] = &[any(libc::SYS_readv), any(libc::SYS_writev)];
+
+/// `VHOST_*` of `linux/vhost.h`, by its number and the size of what it reads.
+const fn vhost(number: u64, size: u64) -> u64 {
+    let direction = if size == 0 { 0 } else { 1 << 30 };
+    direction | size << 16 | 0xaf << 8 | number
+}
+
+const VHOST_SET_FEATURES: u64 = vhost(0x00, 8);
+const VHOST_SET_OWNER: u64 = vhost(0x01, 0);
+const VHOST_SET_MEM_TABLE: u64 = vhost(0x03, 8);
+const VHOST_SET_VRING_NUM: u64 = vhost(0x10, 8);
+const VHOST_SET_VRING_ADDR: u64 = vhost(0x11, 40);
+const VHOST_SET_VRING_BASE: u64 = vhost(0x12, 8);
+const VHOST_SET_VRING_KICK: u64 = vhost(0x20, 8);
+const VHOST_SET_VRING_CALL: u64 = vhost(0x21, 8);
+const VHOST_SET_VRING_ERR: u64 = vhost(0x22, 8);
+const VHOST_NET_SET_BACKEND: u64 = vhost(0x30, 8);
+
+/// Setting vhost-net to work, and stopping it. The thread in the kernel that it starts has this thread's filter, and makes no
+/// system calls.
+const VHOST: &[Call] = &[
+    when(libc::SYS_ioctl, 1, Is(VHOST_SET_FEATURES)),
+    when(libc::SYS_ioctl, 1, Is(VHOST_SET_OWNER)),
+    when(libc::SYS_ioctl, 1, Is(VHOST_SET_MEM_TABLE)),
+    when(libc::SYS_ioctl, 1, Is(VHOST_SET_VRING_NUM)),
+    when(libc::SYS_ioctl, 1, Is(VHOST_SET_VRING_ADDR)),
+    when(libc::SYS_ioctl, 1, Is(VHOST_SET_VRING_BASE)),
+    when(libc::SYS_ioctl, 1, Is(VHOST_SET_VRING_KICK)),
+    when(libc::SYS_ioctl, 1, Is(VHOST_SET_VRING_CALL)),
+    when(libc::SYS_ioctl, 1, Is(VHOST_SET_VRING_ERR)),
+    when(libc::SYS_ioctl, 1, Is(VHOST_NET_SET_BACKEND)),
+];
 
 /// What fuse-backend-rs serves requests with. It changes to the user and group of a request, and drops CAP_FSETID for some.
 const FILES: &[Call] = &[
@@ -367,6 +409,26 @@ mod tests {
         for kind in Kind::ALL {
             let mut calls = kind.calls().iter().copied().flatten();
             assert!(calls.all(|Call(call, _)| !never.contains(call)), "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn requests_of_vhost_have_the_numbers_of_its_library() {
+        use vhost::vhost_kern::vhost_binding as library;
+
+        for (ours, theirs) in [
+            (VHOST_SET_FEATURES, library::VHOST_SET_FEATURES()),
+            (VHOST_SET_OWNER, library::VHOST_SET_OWNER()),
+            (VHOST_SET_MEM_TABLE, library::VHOST_SET_MEM_TABLE()),
+            (VHOST_SET_VRING_NUM, library::VHOST_SET_VRING_NUM()),
+            (VHOST_SET_VRING_ADDR, library::VHOST_SET_VRING_ADDR()),
+            (VHOST_SET_VRING_BASE, library::VHOST_SET_VRING_BASE()),
+            (VHOST_SET_VRING_KICK, library::VHOST_SET_VRING_KICK()),
+            (VHOST_SET_VRING_CALL, library::VHOST_SET_VRING_CALL()),
+            (VHOST_SET_VRING_ERR, library::VHOST_SET_VRING_ERR()),
+            (VHOST_NET_SET_BACKEND, library::VHOST_NET_SET_BACKEND()),
+        ] {
+            assert_eq!(ours, theirs);
         }
     }
 

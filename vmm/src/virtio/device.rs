@@ -17,6 +17,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::irq::Interrupt;
 use super::queue::LiveQueue;
+use crate::jail::seccomp::Kind;
 
 /// A device before the driver has started it (virtio 1.2, 2.1 and 3.1).
 pub trait Device: Send {
@@ -80,7 +81,8 @@ impl DeviceKind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Placement {
     EventLoop,
-    OwnThread,
+    /// The kind decides what the thread may do.
+    OwnThread(Kind),
 }
 
 /// All that a started device may touch.

@@ -19,6 +19,7 @@ use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use self::bounded::Bounded;
 use self::worker::FsWorker;
 use super::device::{Activation, Device, DeviceError, DeviceKind, Placement, Worker};
+use crate::jail::seccomp::Kind;
 
 /// High priority (forgets), and one queue of requests.
 const QUEUE_SIZES: [u16; 2] = [64, 1024];
@@ -68,7 +69,7 @@ impl Device for Fs {
 
     /// It blocks on the host's file systems.
     fn placement(&self) -> Placement {
-        Placement::OwnThread
+        Placement::OwnThread(Kind::Files)
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn Worker>, DeviceError> {

@@ -1,19 +1,19 @@
-//! The network device (virtio 1.2, 5.1): frames between the guest and a tap of the host, in user space. See
-//! `docs/network.md`.
+//! The network device (virtio 1.2, 5.1): frames between the guest and a tap of the host. See `docs/network.md`.
 //!
 //! ```text
 //!  transmit queue ─▶ transmit ─▶ header (judged) ─▶ tap
 //!  receive queue  ◀─ receive  ◀──────────────────── tap
 //! ```
 //!
-//! [`Net`] is the device at rest: a tap, an address and an MTU. `worker` is the device at work; another one, over
-//! vhost-net, would be another [`Worker`] that [`Net::activate`] returns. The device makes no interface, sets no
+//! [`Net`] is the device at rest: a tap, an address and an MTU. At work it is `worker`, in user space, as above; or
+//! [`vhost`], with the host's kernel in the middle. The device makes no interface, sets no
 //! address and filters nothing: the tap's owner does. There is one pair of queues and no control queue.
 
 mod header;
 mod receive;
 mod tap;
 mod transmit;
+pub mod vhost;
 mod worker;
 
 #[cfg(test)]
@@ -33,9 +33,11 @@ use self::header::Offloads;
 use self::receive::Shape;
 use self::tap::Tap;
 pub use self::tap::TapError;
+use self::vhost::{Vhost, VhostWorker};
 use self::worker::NetWorker;
 use super::device::{Activation, Device, DeviceError, DeviceKind, Placement, Worker};
 use crate::config::interface::{Mac, Mtu, ValidInterface};
+use crate::jail::seccomp::Kind;
 use crate::sys;
 
 /// Receive and transmit. Linux lends buffers of 1.5 KiB, and a frame to be segmented takes up to 43 of them: 256 hold
@@ -75,6 +77,7 @@ pub enum NetError {
 #[derive(Debug)]
 pub struct Net {
     tap: Arc<Tap>,
+    vhost: Option<Arc<Vhost>>,
     config: [u8; CONFIG_SIZE],
     mtu: Mtu,
 }
@@ -119,12 +122,15 @@ impl Net {
         let status = VIRTIO_NET_S_LINK_UP as u16;
         config[STATUS_AT..STATUS_AT + 2].copy_from_slice(&status.to_le_bytes());
         config[MTU_AT..].copy_from_slice(&mtu.get().to_le_bytes());
-        Self { tap: Arc::new(tap), config, mtu }
+        Self { tap: Arc::new(tap), vhost: None, config, mtu }
     }
 
-    fn start(&self, activation: Activation) -> Result<NetWorker, DeviceError> {
-        let offloads = Offloads::of_guest(activation.features);
-        self.tap.set_offloads(offloads).map_err(DeviceError::Host)?;
+    /// Has the host's kernel move the frames, of the guest whose memory `vhost` was opened for. Not over a socket.
+    pub fn set_vhost(&mut self, vhost: Vhost) {
+        self.vhost = Some(Arc::new(vhost));
+    }
+
+    fn start(&self, offloads: Offloads, activation: Activation) -> Result<NetWorker, DeviceError> {
         let shape = Shape {
             mergeable: activation.features >> VIRTIO_NET_F_MRG_RXBUF & 1 == 1,
             checksum: offloads.checksum,
@@ -156,12 +162,18 @@ impl Device for Net {
     }
 
     /// A write runs the host's network stack, as far as the socket at the other end: on the event loop, a pod's traffic
-    /// would hold up its own streams and control, and they it. An idle interface costs a thread that sleeps.
+    /// would hold up its own streams and control, and they it. An idle interface costs a thread that sleeps; over vhost
+    /// that is the one that may deal with it.
     fn placement(&self) -> Placement {
-        Placement::OwnThread
+        Placement::OwnThread(if self.vhost.is_some() { Kind::VhostNetwork } else { Kind::Network })
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn Worker>, DeviceError> {
-        Ok(Box::new(self.start(activation)?))
+        let offloads = Offloads::of_guest(activation.features);
+        self.tap.set_offloads(offloads).map_err(DeviceError::Host)?;
+        Ok(match &self.vhost {
+            Some(vhost) => Box::new(VhostWorker::new(Arc::clone(vhost), Arc::clone(&self.tap), activation)?),
+            None => Box::new(self.start(offloads, activation)?),
+        })
     }
 }

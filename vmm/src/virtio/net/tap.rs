@@ -1,6 +1,7 @@
 //! The host side: a tap, or a socket that keeps frames apart, with a header of virtio 1 before each frame. One system
 //! call a frame, never blocking.
 
+use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 
@@ -26,7 +27,7 @@ pub enum TapError {
 /// Frames in and out.
 #[derive(Debug)]
 pub(super) struct Tap {
-    fd: OwnedFd,
+    fd: File,
     /// Offloads are to be told to it.
     has_offloads: bool,
 }
@@ -65,7 +66,7 @@ impl Tap {
         let failed = |error: nix::Error| TapError::Setup(error.into());
         let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL).map_err(failed)?);
         fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map_err(failed)?;
-        Ok(Self { fd, has_offloads })
+        Ok(Self { fd: fd.into(), has_offloads })
     }
 
     /// Tells the kernel what it may leave to the guest.
@@ -78,6 +79,11 @@ impl Tap {
             | bit(offloads.tso4, libc::TUN_F_TSO4)
             | bit(offloads.tso6, libc::TUN_F_TSO6);
         sys::set_tap_offloads(self.fd.as_fd(), bits)
+    }
+
+    /// For a kernel that moves the frames itself.
+    pub(super) fn file(&self) -> &File {
+        &self.fd
     }
 
     /// Reads one header and frame; its length, or nothing when there is no frame. A length beyond that of `pieces` is of

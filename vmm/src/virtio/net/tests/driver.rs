@@ -13,11 +13,10 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::super::header::SIZE;
-use super::super::worker::NetWorker;
 use super::super::{Net, QUEUE_SIZES};
 use crate::config::interface::{Mac, Mtu};
 use crate::testing::{self, NEXT, WRITE};
-use crate::virtio::device::{Activation, DeviceError, Worker};
+use crate::virtio::device::{Activation, Device, DeviceError, Worker};
 use crate::virtio::queue::QueueConfig;
 
 pub(super) const MEMORY_MIB: usize = 16;
@@ -142,7 +141,7 @@ pub(super) struct Guest {
     pub(super) memory: GuestMemoryMmap,
     pub(super) rx: Ring,
     pub(super) tx: Ring,
-    pub(super) worker: NetWorker,
+    pub(super) worker: Box<dyn Worker>,
     pub(super) device: Net,
     pub(super) irq: EventFd,
     /// The VMM's, in which the device's own epoll nests.
@@ -167,7 +166,10 @@ impl Guest {
     }
 
     pub(super) fn with(device: Net, features: u64) -> Self {
-        let memory = testing::memory(MEMORY_MIB);
+        Self::in_memory(testing::memory(MEMORY_MIB), device, features)
+    }
+
+    pub(super) fn in_memory(memory: GuestMemoryMmap, mut device: Net, features: u64) -> Self {
         let [rx, tx] = [0_u8, 1].map(|index| Ring::new(index.into(), QUEUE_SIZES[usize::from(index)]));
         let (interrupt, irq) = testing::interrupt();
         let queues = [&rx, &tx].map(|ring| {
@@ -177,7 +179,7 @@ impl Guest {
             ring.config().activate(&memory, kick, interrupt.clone()).unwrap()
         });
         let activation = Activation { memory: memory.clone(), features, queues: queues.into(), interrupt };
-        let worker = device.start(activation).unwrap();
+        let worker = device.activate(activation).unwrap();
         let event_loop = Epoll::new().unwrap();
         let event = EpollEvent::new(EventSet::IN, 0);
         event_loop.ctl(ControlOperation::Add, worker.fd(), event).unwrap();
@@ -189,6 +191,16 @@ impl Guest {
         let Self { device, worker, .. } = self;
         drop(worker);
         Self::with(device, features)
+    }
+
+    /// The driver resets the device, clears the rings, and starts it anew.
+    pub(super) fn restart_in_place(self, features: u64) -> Self {
+        let Self { device, worker, memory, rx, tx, .. } = self;
+        drop(worker);
+        for ring in [rx, tx] {
+            memory.write_slice(&[0; 0xc000], GuestAddress(ring.base)).unwrap();
+        }
+        Self::in_memory(memory, device, features)
     }
 
     /// Lends receive buffer `index`, of one descriptor.

@@ -10,7 +10,7 @@ use super::super::header::SIZE;
 use super::super::receive::FRAMES_PER_RUN;
 use super::driver::{FREE_MEMORY, Guest, HEADER, MERGEABLE, PLAIN, Prng, Received, TSO, arrived, mac, wire};
 use crate::testing::{NEXT, WRITE};
-use crate::virtio::device::{Device, DeviceError, Worker};
+use crate::virtio::device::{Device, DeviceError};
 
 const NO_HEADER: [u8; SIZE] = [0; SIZE];
 /// NEEDS_CSUM, TCP over IPv4 in segments of 1,448 bytes, checksum at 34 + 16.

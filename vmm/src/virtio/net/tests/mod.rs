@@ -4,3 +4,4 @@ mod driver;
 mod frames;
 mod hostile;
 mod real_tap;
+mod vhost;

@@ -16,18 +16,18 @@ use super::super::{Net, NetError, TapError};
 use super::driver::{Guest, MERGEABLE, PLAIN, Received, TSO, mac};
 use crate::config::interface::{Mtu, ValidInterface};
 use crate::sys;
-use crate::virtio::device::{DeviceError, Worker};
+use crate::virtio::device::DeviceError;
 
 const HOST: [u8; 4] = [10, 0, 0, 1];
 const GUEST: [u8; 4] = [10, 0, 0, 2];
 const HOST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const TCP: u8 = 6;
-const UDP: u8 = 17;
-const TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const UDP: u8 = 17;
+pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
 const RIGHT_FLAGS: i32 = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
 /// Runs `test` in a network namespace of its own, where there can be one.
-fn in_namespace(test: fn()) {
+pub(super) fn in_namespace(test: impl FnOnce() + Send) {
     let skip = |why: &str| println!("SKIP: {why}");
     let tun = File::options().read(true).write(true).open("/dev/net/tun");
     if let Err(error) = tun {
@@ -37,13 +37,13 @@ fn in_namespace(test: fn()) {
         return skip("no ip command (iproute2) to set up the tap with");
     }
     // The namespace is the thread's, and ends with it.
-    let outcome = thread::spawn(move || {
+    let in_it = move || {
         if let Err(error) = unshare(CloneFlags::CLONE_NEWNET) {
             return println!("SKIP: no network namespace, which takes root: {error}");
         }
         test();
-    });
-    outcome.join().unwrap();
+    };
+    thread::scope(|scope| scope.spawn(in_it).join()).unwrap();
 }
 
 fn tap(flags: i32) -> File {
@@ -59,11 +59,19 @@ fn ip(arguments: &str) {
 
 /// A guest with `features` at 10.0.0.2, and the host, which knows it, at 10.0.0.1.
 fn guest(features: u64) -> Guest {
+    lending(Guest::with(device(), features))
+}
+
+/// The guest's device, and the host at the other end of its wire.
+pub(super) fn device() -> Net {
     let device = Net::over_tap(tap(RIGHT_FLAGS).into(), mac(), Mtu::new(1500).unwrap()).unwrap();
     ip("link set krx0 address 02:00:00:00:00:01 up");
     ip("addr add 10.0.0.1/24 dev krx0");
     ip(&format!("neigh replace 10.0.0.2 lladdr {} dev krx0", mac()));
-    let mut guest = Guest::with(device, features);
+    device
+}
+
+pub(super) fn lending(mut guest: Guest) -> Guest {
     for index in 0..128 {
         guest.lend(index, 1536);
     }
@@ -85,7 +93,7 @@ fn pseudo_header(protocol: u8, from: [u8; 4], to: [u8; 4], len: usize) -> Vec<u8
 }
 
 /// An Ethernet frame with a packet from the guest whose checksum, at `sum_at` of the payload, is left to the host.
-fn frame(protocol: u8, sum_at: usize, payload: &[u8]) -> Vec<u8> {
+pub(super) fn frame(protocol: u8, sum_at: usize, payload: &[u8]) -> Vec<u8> {
     let mut payload = payload.to_vec();
     let pseudo = sum(&pseudo_header(protocol, GUEST, HOST, payload.len()));
     payload[sum_at..sum_at + 2].copy_from_slice(&pseudo.to_be_bytes());
@@ -97,12 +105,12 @@ fn frame(protocol: u8, sum_at: usize, payload: &[u8]) -> Vec<u8> {
 }
 
 /// The virtio header of such a frame.
-fn to_sum(sum_at: u8) -> [u8; SIZE] {
+pub(super) fn to_sum(sum_at: u8) -> [u8; SIZE] {
     [1, 0, 0, 0, 0, 0, 34, 0, sum_at, 0, 0, 0]
 }
 
 /// The next IPv4 packet of `protocol` that reaches the guest; the host sends others of its own.
-fn next_packet(guest: &mut Guest, protocol: u8) -> Received {
+pub(super) fn next_packet(guest: &mut Guest, protocol: u8) -> Received {
     let end = std::time::Instant::now() + TIMEOUT;
     while std::time::Instant::now() < end {
         guest.settle().unwrap();
@@ -145,24 +153,26 @@ fn numbers_that_were_not_inherited_are_refused() {
     assert_eq!(Net::inherit(&[]).unwrap().len(), 0);
 }
 
+/// A datagram of the guest, whose checksum is left to the host, and one back, whose is left to the guest.
+pub(super) fn exchange_datagrams(guest: &mut Guest) {
+    let socket = UdpSocket::bind("10.0.0.1:7").unwrap();
+    socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+    let mut datagram = vec![0x30, 0x39, 0, 7, 0, 13, 0, 0];
+    datagram.extend(b"hello");
+    guest.send(&to_sum(6), &frame(UDP, 6, &datagram), &[]);
+    guest.settle().unwrap();
+    let mut heard = [0; 64];
+    let (len, from) = socket.recv_from(&mut heard).unwrap();
+    assert_eq!((&heard[..len], from.to_string().as_str()), (&b"hello"[..], "10.0.0.2:12345"));
+    socket.send_to(b"and back", from).unwrap();
+    let received = next_packet(guest, UDP);
+    assert_eq!(&received.frame[42..], b"and back");
+    assert_eq!(received.header[0] & 1, 1, "a checksum is left to the guest");
+}
+
 #[test]
 fn datagrams_go_both_ways_and_the_host_completes_checksums() {
-    in_namespace(|| {
-        let mut guest = guest(MERGEABLE | TSO);
-        let socket = UdpSocket::bind("10.0.0.1:7").unwrap();
-        socket.set_read_timeout(Some(TIMEOUT)).unwrap();
-        let mut datagram = vec![0x30, 0x39, 0, 7, 0, 13, 0, 0];
-        datagram.extend(b"hello");
-        guest.send(&to_sum(6), &frame(UDP, 6, &datagram), &[]);
-        guest.settle().unwrap();
-        let mut heard = [0; 64];
-        let (len, from) = socket.recv_from(&mut heard).unwrap();
-        assert_eq!((&heard[..len], from.to_string().as_str()), (&b"hello"[..], "10.0.0.2:12345"));
-        socket.send_to(b"and back", from).unwrap();
-        let received = next_packet(&mut guest, UDP);
-        assert_eq!(&received.frame[42..], b"and back");
-        assert_eq!(received.header[0] & 1, 1, "a checksum is left to the guest");
-    });
+    in_namespace(|| exchange_datagrams(&mut guest(MERGEABLE | TSO)));
 }
 
 #[test]
@@ -198,7 +208,7 @@ const ACK: u8 = 0x10;
 const MSS: [u8; 4] = [2, 4, 5, 0xb4];
 
 /// A stream of the host into the guest: gives the frames that carry its first 8,760 bytes.
-fn stream_into(guest: &mut Guest) -> Vec<Received> {
+pub(super) fn stream_into(guest: &mut Guest) -> Vec<Received> {
     let sender = thread::spawn(|| {
         let mut stream = TcpStream::connect("10.0.0.2:5001").unwrap();
         stream.write_all(&[b'x'; 8760]).unwrap();
