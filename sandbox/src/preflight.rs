@@ -89,6 +89,7 @@ pub fn check_host() -> Vec<Finding> {
         kernel(&read("/proc/sys/kernel/osrelease")),
         cgroup(&read("/proc/self/mounts")),
         tun(dev_net_tun),
+        vhost_net(Path::new("/dev/vhost-net").exists()),
         huge_pages(&read("/sys/kernel/mm/transparent_hugepage/enabled")),
         nx_recovery(&read("/sys/module/kvm/parameters/nx_huge_pages")),
         dynmods(&read("/proc/self/mounts")),
@@ -326,6 +327,20 @@ fn tun(exists: bool) -> Finding {
         "/dev/net/tun does not exist",
         "pods run without a network",
         "Load it: modprobe tun",
+    )
+}
+
+fn vhost_net(exists: bool) -> Finding {
+    const CHECK: &str = "vhost-net";
+    if exists {
+        return finding(CHECK, Level::Ok, "/dev/vhost-net exists", "the kernel moves pods' frames", "");
+    }
+    finding(
+        CHECK,
+        Level::Note,
+        "/dev/vhost-net does not exist",
+        "krx-vmm moves pods' frames, which takes more of the CPU",
+        "Load it: modprobe vhost_net",
     )
 }
 
