@@ -18,13 +18,28 @@ pub const DEADLINE: Duration = Duration::from_secs(120);
 pub struct Place {
     pub host: Host,
     pub scratch: Scratch,
+    /// A file in the place of the host's `config.toml`.
+    pub settings: Option<PathBuf>,
 }
 
 impl Place {
     /// `None` where no VM can run, see [`crate::host`].
     #[must_use]
     pub fn new() -> Option<Self> {
-        Some(Self { host: crate::host()?, scratch: Scratch::new() })
+        Some(Self { host: crate::host()?, scratch: Scratch::new(), settings: None })
+    }
+
+    /// As [`Self::new`], with these settings.
+    ///
+    /// # Panics
+    /// When they cannot be written.
+    #[must_use]
+    pub fn with_settings(settings: &str) -> Option<Self> {
+        let mut place = Self::new()?;
+        let path = place.scratch.join("config.toml");
+        fs::write(&path, settings).expect("settings");
+        place.settings = Some(path);
+        Some(place)
     }
 
     /// Directory that holds the pods' state.
@@ -38,6 +53,9 @@ impl Place {
     pub fn krx(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(self.host.krx());
         command.args(arguments).env("KRX_STATE_DIR", self.state());
+        if let Some(settings) = &self.settings {
+            command.env("KRX_CONFIG", settings);
+        }
         command
     }
 

@@ -3,8 +3,10 @@
 #![allow(clippy::tests_outside_test_module, reason = "an integration test is one")]
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -15,6 +17,9 @@ use tests::pod::{DEADLINE, Living, Place, finish, until};
 
 /// Larger than all queues and windows on the way.
 const BULK: usize = 16 << 20;
+
+/// Settings with which the VMM moves the frames itself.
+const USER_SPACE: &str = "[vm]\nvhost_net = false\n";
 
 /// Takes connections on a port: reads to the end, answers with the digest of what came.
 const SERVER: &str = "\
@@ -148,12 +153,63 @@ fn network_of_the_namespace_is_the_pods() {
     place.assert_clean();
 }
 
+/// The threads of the host's kernel that move the frames of a VMM, by their directories. Of the VMM's own since Linux 6.4;
+/// before, they are processes. Each has the name of the thread that asked for it.
+fn vhost_threads(vmm: i32) -> Vec<PathBuf> {
+    let entries = |path: String| fs::read_dir(path).into_iter().flatten().flatten();
+    let tasks: Vec<_> = entries(format!("/proc/{vmm}/task")).collect();
+    let names: Vec<_> =
+        tasks.iter().map(|task| format!("vhost-{}\n", task.file_name().to_string_lossy())).collect();
+    let all = tasks.iter().map(fs::DirEntry::path).chain(entries("/proc".into()).map(|entry| entry.path()));
+    all.filter(|path| fs::read_to_string(path.join("comm")).is_ok_and(|comm| names.contains(&comm))).collect()
+}
+
+/// Whether pods get vhost-net on this host.
+fn has_vhost() -> bool {
+    fs::exists("/dev/vhost-net").expect("look for vhost-net")
+}
+
+#[test]
+fn kernel_moves_the_frames_where_it_may() {
+    let Some(place) = Place::new() else { return };
+    let (one, other, netns) = (Lan::new(1500), Lan::new(1500), Netns::new());
+    one.join(&netns, "eth0", 2);
+    other.join(&netns, "eth1", 2);
+    let pod = on(&place, "net", &netns);
+    let vmm = place.vmm_pid("net");
+    let threads = vhost_threads(vmm);
+    assert_eq!(threads.len(), if has_vhost() { 2 } else { 0 }, "one for each interface");
+    let cgroup = fs::read_to_string(format!("/proc/{vmm}/cgroup")).expect("cgroup");
+    for thread in &threads {
+        assert_eq!(fs::read_to_string(thread.join("cgroup")).expect("cgroup"), cgroup, "the pod's to pay");
+        // It runs nothing of the VMM, but has no more rights than the thread that asked for it.
+        let status = fs::read_to_string(thread.join("status")).expect("status");
+        let of_vmm = status.contains(&format!("Tgid:\t{vmm}\n"));
+        assert!(!of_vmm || status.contains("Seccomp:\t2\n"), "{status}");
+    }
+    drop(pod);
+    place.assert_clean();
+    assert!(threads.iter().all(|thread| !thread.exists()));
+}
+
 #[test]
 fn bytes_are_carried_both_ways() {
     let Some(place) = Place::new() else { return };
+    carry_both_ways(&place);
+}
+
+#[test]
+fn bytes_are_carried_both_ways_in_user_space() {
+    let Some(place) = Place::with_settings(USER_SPACE) else { return };
+    carry_both_ways(&place);
+}
+
+fn carry_both_ways(place: &Place) {
     let (lan, netns) = (Lan::new(1500), Netns::new());
     lan.join(&netns, "eth0", 2);
-    let pod = on(&place, "net", &netns);
+    let pod = on(place, "net", &netns);
+    let in_kernel = has_vhost() && place.settings.is_none();
+    assert_eq!(vhost_threads(place.vmm_pid("net")).len(), usize::from(in_kernel));
     ping(&lan.v4(2), "56");
     ping(&lan.v6(2), "56");
     let mut server = serve(&pod);
@@ -170,11 +226,21 @@ fn bytes_are_carried_both_ways() {
 #[test]
 fn pods_reach_each_other() {
     let Some(place) = Place::new() else { return };
+    reach_each_other(&place);
+}
+
+#[test]
+fn pods_reach_each_other_in_user_space() {
+    let Some(place) = Place::with_settings(USER_SPACE) else { return };
+    reach_each_other(&place);
+}
+
+fn reach_each_other(place: &Place) {
     let lan = Lan::new(1500);
     let (first, second) = (Netns::new(), Netns::new());
     lan.join(&first, "eth0", 2);
     lan.join(&second, "eth0", 3);
-    let (server, dialer) = (on(&place, "server", &first), on(&place, "dialer", &second));
+    let (server, dialer) = (on(place, "server", &first), on(place, "dialer", &second));
     let mut serving = serve(&server);
     client(&dialer, &lan.v4(2), 7000, BULK);
     client(&dialer, &lan.v6(2), 7000, 1 << 20);
