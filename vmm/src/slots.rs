@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::sync::{Arc, Mutex};
 
-use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_NOTIFY};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -51,6 +51,9 @@ impl<'a> Slots<'a> {
         };
         let kicks: Result<Vec<_>, _> =
             (0..).zip(device.queue_sizes()).map(|(queue, _)| kick(queue)).collect();
+        if !device.minds_acknowledgements() {
+            self.vm.drop_writes(address + u64::from(VIRTIO_MMIO_INTERRUPT_ACK))?;
+        }
         let host = self.workers.of_device(&*device).map_err(KvmError::Thread)?;
         let transport = MmioTransport::new(device, self.memory.clone(), interrupt, kicks?, host);
         self.bus.attach(address, layout::VIRTIO_MMIO_SIZE, Arc::new(Mutex::new(transport)));

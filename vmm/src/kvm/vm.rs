@@ -82,6 +82,21 @@ impl Vm {
         self.vm.register_ioevent(&event, &at, value).map_err(step("connecting a notification"))?;
         Ok(event)
     }
+
+    /// Has writes of the guest to `address` change nothing, without leaving the kernel.
+    ///
+    /// # Errors
+    /// As [`Self::ioeventfd`].
+    pub fn drop_writes(&self, address: u64) -> Result<(), KvmError> {
+        drop_writes(&self.vm, &IoEventAddress::Mmio(address), "connecting acknowledgements of interrupts")
+    }
+}
+
+/// Has KVM take all writes to `address` that come to it first, and tell nobody.
+fn drop_writes(vm: &VmFd, address: &IoEventAddress, what: &'static str) -> Result<(), KvmError> {
+    // KVM keeps what the descriptor stands for; nobody listens.
+    let nobody = EventFd::new(EFD_NONBLOCK).map_err(KvmError::EventFd)?;
+    vm.register_ioevent(&nobody, address, NoDatamatch).map_err(step(what))
 }
 
 /// Lets the kernel find no PIC, by which it does without one, and without saving it time and again: 420 exits less.
@@ -90,10 +105,7 @@ impl Vm {
 /// reads back; an ioeventfd that is there first takes the write. Where KVM asked the PIC first the guest would find it,
 /// and boot as well: the MP table has the timer's interrupt for that.
 fn hide_pic(vm: &VmFd) -> Result<(), KvmError> {
-    // KVM keeps what the descriptor stands for; nobody listens.
-    let nobody = EventFd::new(EFD_NONBLOCK).map_err(KvmError::EventFd)?;
-    let mask = IoEventAddress::Pio(layout::PIC_MASK.into());
-    vm.register_ioevent(&nobody, &mask, NoDatamatch).map_err(step("hiding the PIC"))
+    drop_writes(vm, &IoEventAddress::Pio(layout::PIC_MASK.into()), "hiding the PIC")
 }
 
 /// Opens the host's KVM.
