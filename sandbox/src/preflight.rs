@@ -339,7 +339,7 @@ fn vhost_net(exists: bool) -> Finding {
         CHECK,
         Level::Note,
         "/dev/vhost-net does not exist",
-        "krx-vmm moves pods' frames, which takes more of the CPU",
+        "krx-vmm moves pods' frames itself, which adds to the time of each round trip",
         "Load it: modprobe vhost_net",
     )
 }
