@@ -6,6 +6,7 @@
 pub mod container;
 pub mod messages;
 pub mod pod;
+pub mod statistics;
 pub mod stream;
 
 use std::path::Path;
