@@ -8,6 +8,7 @@
 
 use std::fs;
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -16,8 +17,8 @@ use containerd_shim::StartOpts;
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::Message;
 use krx_sandbox::state_dir::StateRoot;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::poll::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::cgroup;
 use crate::config_json::{ConfigJson, Role};
@@ -30,6 +31,8 @@ use crate::watch::timestamp;
 const PROGRAM: &str = "containerd-shim-krx-v2";
 /// What containerd is told of tasks whose shim was killed.
 const KILLED: u32 = 137;
+/// Milliseconds that a killed shim may take to be gone.
+const GONE: u16 = 5_000;
 
 /// Carries the action out.
 pub(crate) fn delete(flags: &Flags) -> io::Result<()> {
@@ -47,14 +50,16 @@ pub(crate) fn delete(flags: &Flags) -> io::Result<()> {
     io::stdout().write_all(&response.write_to_bytes().map_err(io::Error::other)?)
 }
 
-/// Ends shims that still serve this id.
+/// Ends shims that still serve this id, and waits until they are gone.
 fn end_shim(flags: &Flags) {
     for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let pid = process.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw);
+        let Some(Ok(shim)) = pid.map(|pid| pidfd_open(pid, PidfdFlags::empty())) else { continue };
         // A process that ends meanwhile has no command line.
         let line = fs::read(process.path().join("cmdline")).unwrap_or_default();
-        if serves(&line, flags) {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        if serves(&line, flags) && pidfd_send_signal(&shim, Signal::KILL).is_ok() {
+            // Until then, it is there to answer at its socket.
+            let _ = poll(&mut [PollFd::new(shim.as_fd(), PollFlags::POLLIN)], GONE);
         }
     }
 }

@@ -12,7 +12,7 @@ use containerd_shim_protos::shim::events::ForwardRequest;
 use containerd_shim_protos::shim_async::{Client, EventsClient};
 use containerd_shim_protos::ttrpc::context;
 use log::warn;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep, timeout};
 
 /// Events that may wait. A containerd that is gone for longer gets no more: it asks for the state of its tasks itself.
@@ -24,20 +24,35 @@ const TRIES: u32 = 33;
 const PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
+#[derive(Debug)]
+enum Item {
+    Event(Envelope),
+    /// Answered when all before it was sent.
+    Mark(oneshot::Sender<()>),
+}
+
 /// The queue's end for who has something to tell.
 #[derive(Debug, Clone)]
 pub(crate) struct Events {
     namespace: String,
-    queue: mpsc::Sender<Envelope>,
+    queue: mpsc::Sender<Item>,
 }
 
 impl Events {
-    /// A queue whose events go to the socket at `address`, and the task's handle: it ends when all was sent and the
-    /// last of the senders is gone.
-    pub(crate) fn to(address: &str, namespace: &str) -> (Self, tokio::task::JoinHandle<()>) {
+    /// A queue whose events go to the socket at `address`.
+    pub(crate) fn to(address: &str, namespace: &str) -> Self {
         let (queue, waiting) = mpsc::channel(QUEUE);
         let address = if address.contains("://") { address.into() } else { format!("unix://{address}") };
-        (Self { namespace: namespace.into(), queue }, tokio::spawn(forward(address, waiting)))
+        tokio::spawn(forward(address, waiting));
+        Self { namespace: namespace.into(), queue }
+    }
+
+    /// Waits until all that was given until now is sent, or has turned out not to be taken.
+    pub(crate) async fn told(&self) {
+        let (mark, reached) = oneshot::channel();
+        if self.queue.send(Item::Mark(mark)).await.is_ok() {
+            let _ = reached.await;
+        }
     }
 
     /// Queues an event.
@@ -54,7 +69,7 @@ impl Events {
         };
         match envelope() {
             Ok(envelope) => {
-                if self.queue.try_send(envelope).is_err() {
+                if self.queue.try_send(Item::Event(envelope)).is_err() {
                     warn!("event {topic} is dropped: {QUEUE} others wait for containerd");
                 }
             }
@@ -63,9 +78,16 @@ impl Events {
     }
 }
 
-async fn forward(address: String, mut waiting: mpsc::Receiver<Envelope>) {
+async fn forward(address: String, mut waiting: mpsc::Receiver<Item>) {
     let mut client = None;
-    while let Some(envelope) = waiting.recv().await {
+    while let Some(item) = waiting.recv().await {
+        let envelope = match item {
+            Item::Event(envelope) => envelope,
+            Item::Mark(reached) => {
+                let _ = reached.send(());
+                continue;
+            }
+        };
         let topic = envelope.topic.clone();
         let request = ForwardRequest { envelope: Some(envelope).into(), ..ForwardRequest::default() };
         let mut pause = PAUSE;

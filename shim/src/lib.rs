@@ -26,6 +26,7 @@ mod metrics;
 mod observe;
 pub mod pod_config;
 mod process;
+mod requests;
 mod sandbox_service;
 mod serve;
 mod service;

@@ -16,7 +16,7 @@ use krx_sandbox::timings::Timings;
 use crate::config_json::{ConfigJson, Role};
 use crate::error::{Result, ShimError};
 use crate::io::{Connected, Stdio};
-use crate::shim::KILL;
+use crate::requests::KILL;
 use crate::vm::Vm;
 
 /// What containerd says of a container to be made.

@@ -101,7 +101,7 @@ impl SandboxService {
         // One that was never started, or was shut down before, has nothing to be stopped.
         let _ = self.stop(id).await;
         vm.map(|vm| self.shim.tasks.take_vm(&vm));
-        self.shim.done.notify_one();
+        self.shim.end();
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::env;
-use std::fs::{self, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
@@ -52,16 +52,12 @@ pub(crate) enum ServeError {
 pub(crate) fn serve(flags: &Flags) -> Result<(), ServeError> {
     let listener = io::stdin().as_fd().try_clone_to_owned().map_err(ServeError::Listener)?;
     let listener = UnixListener::from(listener);
-    let address = listener.local_addr().map_err(ServeError::Listener)?;
     let events = env::var(TTRPC_ADDRESS).map_err(|_| ServeError::NoTtrpc)?;
     // Whoever ends the shim takes its pod along: containerd asks for it by requests.
     block_signals();
     begin_log(flags);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
     let served = runtime.map_err(ServeError::Runtime)?.block_on(run(flags, listener, &events));
-    if let Some(path) = address.as_pathname() {
-        let _ = fs::remove_file(path);
-    }
     // Not to wait for threads that wait for a guest.
     served.map(|()| std::process::exit(0))
 }
@@ -86,14 +82,15 @@ fn block_signals() {
 }
 
 async fn run(flags: &Flags, listener: UnixListener, address: &str) -> Result<(), ServeError> {
-    let (events, forwarding) = Events::to(address, &flags.namespace);
+    let socket = listener.local_addr().map_err(ServeError::Listener)?;
     let (notices, waiting) = mpsc::unbounded_channel();
     let shim = Arc::new(Shim {
         namespace: flags.namespace.clone(),
         tasks: Tasks::default(),
-        events,
+        events: Events::to(address, &flags.namespace),
         notices,
         done: Notify::new(),
+        socket: socket.as_pathname().map(Into::into),
         served_since: monotonic_ns(),
         starts: Arc::default(),
     });
@@ -102,12 +99,11 @@ async fn run(flags: &Flags, listener: UnixListener, address: &str) -> Result<(),
     let mut server = Server::new().add_listener(listener).register_service(services(&shim));
     server.start().await.map_err(ServeError::Server)?;
     shim.done.notified().await;
-    let _ = server.shutdown().await;
-    // What has happened until now is still told.
+    // All of this before the connections close: containerd then kills what is left of a shim.
     let _ = shim.notices.send(Notice::Last);
     let _ = tokio::time::timeout(LAST_EVENTS, watching).await;
-    drop((server, shim));
-    let _ = tokio::time::timeout(LAST_EVENTS, forwarding).await;
+    let _ = tokio::time::timeout(LAST_EVENTS, shim.events.told()).await;
+    let _ = server.shutdown().await;
     Ok(())
 }
 

@@ -1,14 +1,15 @@
 //! The verbs of a shim, as containerd has them, over the pod's VM. What they are called with and answer on the wire is
 //! the business of `service`.
 
+use std::fs;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use containerd_shim_protos::api::Status;
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskPaused, TaskResumed, TaskStart,
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskStart,
 };
-use krx_proto::{Answer, ErrorKind, Request, Stats, TerminalSize};
+use krx_proto::ErrorKind;
 use krx_sandbox::agent::CallError;
 use krx_sandbox::bundle;
 use krx_sandbox::timings::{Timings, monotonic_ns};
@@ -24,6 +25,7 @@ use crate::logger::Owner;
 use crate::make::{Order, make, unmake};
 use crate::observe::{self, Starts};
 use crate::process::{Exit, Life, Process};
+use crate::requests::KILL;
 use crate::tasks::{ContainerPart, Task, Tasks};
 use crate::vm::Vm;
 use crate::watch::{self, Notice};
@@ -31,11 +33,6 @@ use crate::watch::{self, Notice};
 /// A shell's code for a program that was not found, and for one that cannot be executed.
 const NOT_FOUND: u32 = 127;
 const NOT_EXECUTABLE: u32 = 126;
-
-/// What a pod's sandbox ends by, of the signals that it may get.
-pub(crate) const KILL: i32 = 9;
-const TERMINATE: i32 = 15;
-const INTERRUPT: i32 = 2;
 
 /// How long the tasks of a pod whose VM and sandbox are gone may be asked for.
 const LAST_TASKS: Duration = Duration::from_secs(20);
@@ -47,8 +44,10 @@ pub(crate) struct Shim {
     pub(crate) tasks: Tasks,
     pub(crate) events: Events,
     pub(crate) notices: mpsc::UnboundedSender<Notice>,
-    /// Told when the shim is to end.
+    /// Told when the shim is to end, see [`Self::end`].
     pub(crate) done: Notify,
+    /// It is served at.
+    pub(crate) socket: Option<PathBuf>,
     /// When it began to serve (`CLOCK_MONOTONIC`).
     pub(crate) served_since: u64,
     pub(crate) starts: Arc<Starts>,
@@ -66,25 +65,12 @@ fn tell_timings(timings: &Timings, task: &Task, made_vm: bool) {
     debug!("timings of create {}: {}", task.id, timings.line());
 }
 
-/// What is known of a process.
-#[derive(Debug)]
-pub(crate) struct State {
-    pub(crate) task: Arc<Task>,
-    pub(crate) stdio: Stdio,
-    pub(crate) status: Status,
-    pub(crate) exit: Option<Exit>,
-}
-
 /// Runs what blocks where it may.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     let result = spawn_blocking(work).await;
     result.unwrap_or_else(|_| Err(ShimError::internal("The shim has failed at this request")))
-}
-
-async fn call(vm: &Vm, request: Request) -> std::result::Result<Answer, CallError> {
-    let agent = vm.pod.agent();
-    let called = spawn_blocking(move || agent.send(request)?.answer()).await;
-    called.unwrap_or(Err(CallError::Lost))
 }
 
 impl Shim {
@@ -145,7 +131,7 @@ impl Shim {
     }
 
     /// A task whose guest can be asked.
-    fn awake(&self, id: &str) -> Result<Arc<Task>> {
+    pub(crate) fn awake(&self, id: &str) -> Result<Arc<Task>> {
         let task = self.tasks.get(id)?;
         task.vm.awake()?;
         Ok(task)
@@ -344,142 +330,11 @@ impl Shim {
         let _ = spawn_blocking(move || vm.end()).await;
     }
 
-    /// Sends a signal to a process, or to all of a container.
-    pub(crate) async fn kill(&self, id: &str, exec: &str, signal: u32, all: bool) -> Result<()> {
-        let task = self.tasks.get(id)?;
-        let process = task.process(exec)?;
-        let signal =
-            i32::try_from(signal).map_err(|_| ShimError::invalid(format!("{signal} is no signal")))?;
-        if process.has_exited() {
-            return Err(ShimError::not_found(format!("The process of task {id} has ended")));
-        }
-        if task.container.is_none() {
-            // Whatever the signal, it means that the pod is to end; all but these the pause program would not mind.
-            if [KILL, TERMINATE, INTERRUPT].contains(&signal) {
-                task.vm.ended_by(signal);
-                self.end_vm(task.vm.clone()).await;
-            }
-            return Ok(());
-        }
-        task.vm.awake()?;
-        let request = Request::Signal {
-            container: id.into(),
-            process: exec.into(),
-            signal,
-            all: all && exec.is_empty(),
-        };
-        match call(&task.vm, request).await {
-            Err(CallError::Agent(error)) if error.kind == ErrorKind::WrongState => {
-                Err(ShimError::not_found(format!("The process of task {id} has ended")))
-            }
-            result => Ok(result.map(drop)?),
-        }
-    }
-
-    pub(crate) async fn resize(&self, id: &str, exec: &str, size: TerminalSize) -> Result<()> {
-        let task = self.awake(id)?;
-        task.process(exec)?;
-        task.container()?;
-        let request = Request::Resize { container: id.into(), process: exec.into(), size };
-        Ok(call(&task.vm, request).await.map(drop)?)
-    }
-
-    /// The end of a process's input.
-    pub(crate) fn close_input(&self, id: &str, exec: &str) -> Result<()> {
-        self.tasks.get(id)?.process(exec)?.close_input();
-        Ok(())
-    }
-
-    pub(crate) async fn update(&self, id: &str, resources: &[u8]) -> Result<()> {
-        let task = self.awake(id)?;
-        task.container()?;
-        let mut resources = bundle::resources(resources)?;
-        // Those are the host's, see `make`.
-        (resources.cpuset_cpus, resources.cpuset_mems) = (None, None);
-        let request = Request::Update { container: id.into(), resources: Box::new(resources) };
-        Ok(call(&task.vm, request).await.map(drop)?)
-    }
-
-    /// What a container uses; a sandbox's figures are the pod's.
-    pub(crate) async fn stats(&self, id: &str) -> Result<Stats> {
-        let task = self.tasks.get(id)?;
-        let container = if task.container.is_some() { id.into() } else { String::new() };
-        self.stats_of(&task.vm, container).await
-    }
-
-    /// What a container uses, or all of a VM's.
-    pub(crate) async fn stats_of(&self, vm: &Arc<Vm>, container: String) -> Result<Stats> {
-        vm.awake()?;
-        match call(vm, Request::Stats { container }).await? {
-            Answer::Stats(stats) => Ok(*stats),
-            _ => Err(CallError::Unexpected.into()),
-        }
-    }
-
-    pub(crate) fn state(&self, id: &str, exec: &str) -> Result<State> {
-        let task = self.tasks.get(id)?;
-        let process = task.process(exec)?;
-        let (status, exit) = match process.life() {
-            Life::Exited(exit) => (Status::STOPPED, Some(exit)),
-            Life::Running if task.is_paused() => (Status::PAUSED, None),
-            Life::Running => (Status::RUNNING, None),
-            Life::Created => (Status::CREATED, None),
-        };
-        let stdio = process.stdio.clone();
-        Ok(State { task, stdio, status, exit })
-    }
-
-    pub(crate) async fn wait(&self, id: &str, exec: &str) -> Result<Exit> {
-        let process = self.tasks.get(id)?.process(exec)?;
-        Ok(process.wait().await)
-    }
-
-    /// PIDs in the guest of a container's processes; a sandbox is a process of the host, its VMM.
-    pub(crate) async fn pids(&self, id: &str) -> Result<Vec<u32>> {
-        let task = self.tasks.get(id)?;
-        if task.container.is_none() {
-            return Ok(vec![task.vm.pid()]);
-        }
-        task.vm.awake()?;
-        match call(&task.vm, Request::Pids { container: id.into() }).await? {
-            Answer::Pids(pids) => Ok(pids),
-            _ => Err(CallError::Unexpected.into()),
-        }
-    }
-
-    /// Stops the processes of a container, or lets them go on; a sandbox is its VM.
-    pub(crate) async fn pause(&self, id: &str, paused: bool) -> Result<()> {
-        let task = self.tasks.get(id)?;
-        let _turn = task.pausing.lock().await;
-        if task.first.life() != Life::Running {
-            return Err(ShimError::wrong_state(format!("Task {id} is not running")));
-        }
-        if task.is_paused() == paused {
-            let state = if paused { "paused already" } else { "not paused" };
-            return Err(ShimError::wrong_state(format!("Task {id} is {state}")));
-        }
-        if task.container.is_some() {
-            task.vm.awake()?;
-            call(&task.vm, Request::Freeze { container: id.into(), frozen: paused }).await?;
-        } else {
-            let vm = task.vm.clone();
-            blocking(move || vm.pause(paused)).await?;
-        }
-        task.set_paused(paused);
-        let container_id = id.to_string();
-        if paused {
-            self.events.send(TaskPaused { container_id, ..TaskPaused::default() });
-        } else {
-            self.events.send(TaskResumed { container_id, ..TaskResumed::default() });
-        }
-        Ok(())
-    }
-
     /// Ends the shim, if it has nothing left to serve.
     pub(crate) fn shut_down(self: &Arc<Self>) {
         // A pod that was asked for by the Sandbox service has no task, and ends by that service.
         if self.tasks.is_empty() && self.tasks.vm().is_none() {
-            self.done.notify_one();
+            self.end();
         } else if self.tasks.vm().is_none() {
             // Of a containerd that was killed while it made them, there may be tasks that it does not know.
             let shim = self.clone();
@@ -487,11 +342,19 @@ impl Shim {
                 tokio::time::sleep(LAST_TASKS).await;
                 if shim.tasks.vm().is_none() {
                     warn!("nobody asks for the tasks of a pod that is no more: the shim ends");
-                    shim.done.notify_one();
+                    shim.end();
                 }
             });
         } else {
             warn!("there is a pod, or tasks, left: the shim goes on");
         }
+    }
+    /// Ends the shim. From now on its address is free, for containerd may ask for the same pod again once it has the
+    /// answer to the request that this is for.
+    pub(crate) fn end(&self) {
+        if let Some(socket) = &self.socket {
+            let _ = fs::remove_file(socket);
+        }
+        self.done.notify_one();
     }
 }

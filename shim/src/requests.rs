@@ -1,0 +1,170 @@
+//! What can be asked of tasks that are there: signals, limits, figures, pause.
+
+use std::sync::Arc;
+
+use containerd_shim_protos::api::Status;
+use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
+use krx_proto::{Answer, ErrorKind, Request, Stats, TerminalSize};
+use krx_sandbox::agent::CallError;
+use krx_sandbox::bundle;
+use tokio::task::spawn_blocking;
+
+use crate::error::{Result, ShimError};
+use crate::io::Stdio;
+use crate::process::{Exit, Life};
+use crate::shim::{Shim, blocking};
+use crate::tasks::Task;
+use crate::vm::Vm;
+
+/// What a pod's sandbox ends by, of the signals that it may get.
+pub(crate) const KILL: i32 = 9;
+const TERMINATE: i32 = 15;
+const INTERRUPT: i32 = 2;
+
+/// What is known of a process.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) task: Arc<Task>,
+    pub(crate) stdio: Stdio,
+    pub(crate) status: Status,
+    pub(crate) exit: Option<Exit>,
+}
+
+async fn call(vm: &Vm, request: Request) -> std::result::Result<Answer, CallError> {
+    let agent = vm.pod.agent();
+    let called = spawn_blocking(move || agent.send(request)?.answer()).await;
+    called.unwrap_or(Err(CallError::Lost))
+}
+
+impl Shim {
+    /// Sends a signal to a process, or to all of a container.
+    pub(crate) async fn kill(&self, id: &str, exec: &str, signal: u32, all: bool) -> Result<()> {
+        let task = self.tasks.get(id)?;
+        let process = task.process(exec)?;
+        let signal =
+            i32::try_from(signal).map_err(|_| ShimError::invalid(format!("{signal} is no signal")))?;
+        if process.has_exited() {
+            return Err(ShimError::not_found(format!("The process of task {id} has ended")));
+        }
+        if task.container.is_none() {
+            // Whatever the signal, it means that the pod is to end; all but these the pause program would not mind.
+            if [KILL, TERMINATE, INTERRUPT].contains(&signal) {
+                task.vm.ended_by(signal);
+                self.end_vm(task.vm.clone()).await;
+            }
+            return Ok(());
+        }
+        task.vm.awake()?;
+        let request = Request::Signal {
+            container: id.into(),
+            process: exec.into(),
+            signal,
+            all: all && exec.is_empty(),
+        };
+        match call(&task.vm, request).await {
+            Err(CallError::Agent(error)) if error.kind == ErrorKind::WrongState => {
+                Err(ShimError::not_found(format!("The process of task {id} has ended")))
+            }
+            result => Ok(result.map(drop)?),
+        }
+    }
+
+    pub(crate) async fn resize(&self, id: &str, exec: &str, size: TerminalSize) -> Result<()> {
+        let task = self.awake(id)?;
+        task.process(exec)?;
+        task.container()?;
+        let request = Request::Resize { container: id.into(), process: exec.into(), size };
+        Ok(call(&task.vm, request).await.map(drop)?)
+    }
+
+    /// The end of a process's input.
+    pub(crate) fn close_input(&self, id: &str, exec: &str) -> Result<()> {
+        self.tasks.get(id)?.process(exec)?.close_input();
+        Ok(())
+    }
+
+    pub(crate) async fn update(&self, id: &str, resources: &[u8]) -> Result<()> {
+        let task = self.awake(id)?;
+        task.container()?;
+        let mut resources = bundle::resources(resources)?;
+        // Those are the host's, see `make`.
+        (resources.cpuset_cpus, resources.cpuset_mems) = (None, None);
+        let request = Request::Update { container: id.into(), resources: Box::new(resources) };
+        Ok(call(&task.vm, request).await.map(drop)?)
+    }
+
+    /// What a container uses; a sandbox's figures are the pod's.
+    pub(crate) async fn stats(&self, id: &str) -> Result<Stats> {
+        let task = self.tasks.get(id)?;
+        let container = if task.container.is_some() { id.into() } else { String::new() };
+        self.stats_of(&task.vm, container).await
+    }
+
+    /// What a container uses, or all of a VM's.
+    pub(crate) async fn stats_of(&self, vm: &Arc<Vm>, container: String) -> Result<Stats> {
+        vm.awake()?;
+        match call(vm, Request::Stats { container }).await? {
+            Answer::Stats(stats) => Ok(*stats),
+            _ => Err(CallError::Unexpected.into()),
+        }
+    }
+
+    pub(crate) fn state(&self, id: &str, exec: &str) -> Result<State> {
+        let task = self.tasks.get(id)?;
+        let process = task.process(exec)?;
+        let (status, exit) = match process.life() {
+            Life::Exited(exit) => (Status::STOPPED, Some(exit)),
+            Life::Running if task.is_paused() => (Status::PAUSED, None),
+            Life::Running => (Status::RUNNING, None),
+            Life::Created => (Status::CREATED, None),
+        };
+        let stdio = process.stdio.clone();
+        Ok(State { task, stdio, status, exit })
+    }
+
+    pub(crate) async fn wait(&self, id: &str, exec: &str) -> Result<Exit> {
+        let process = self.tasks.get(id)?.process(exec)?;
+        Ok(process.wait().await)
+    }
+
+    /// PIDs in the guest of a container's processes; a sandbox is a process of the host, its VMM.
+    pub(crate) async fn pids(&self, id: &str) -> Result<Vec<u32>> {
+        let task = self.tasks.get(id)?;
+        if task.container.is_none() {
+            return Ok(vec![task.vm.pid()]);
+        }
+        task.vm.awake()?;
+        match call(&task.vm, Request::Pids { container: id.into() }).await? {
+            Answer::Pids(pids) => Ok(pids),
+            _ => Err(CallError::Unexpected.into()),
+        }
+    }
+
+    /// Stops the processes of a container, or lets them go on; a sandbox is its VM.
+    pub(crate) async fn pause(&self, id: &str, paused: bool) -> Result<()> {
+        let task = self.tasks.get(id)?;
+        let _turn = task.pausing.lock().await;
+        if task.first.life() != Life::Running {
+            return Err(ShimError::wrong_state(format!("Task {id} is not running")));
+        }
+        if task.is_paused() == paused {
+            let state = if paused { "paused already" } else { "not paused" };
+            return Err(ShimError::wrong_state(format!("Task {id} is {state}")));
+        }
+        if task.container.is_some() {
+            task.vm.awake()?;
+            call(&task.vm, Request::Freeze { container: id.into(), frozen: paused }).await?;
+        } else {
+            let vm = task.vm.clone();
+            blocking(move || vm.pause(paused)).await?;
+        }
+        task.set_paused(paused);
+        let container_id = id.to_string();
+        if paused {
+            self.events.send(TaskPaused { container_id, ..TaskPaused::default() });
+        } else {
+            self.events.send(TaskResumed { container_id, ..TaskResumed::default() });
+        }
+        Ok(())
+    }
+}
