@@ -134,6 +134,35 @@ pub(crate) fn shim_killed(player: &Player) {
     pod.end();
 }
 
+/// containerd gives up one that still serves, or is just about to end.
+pub(crate) fn deleted_while_it_serves(player: &Player) {
+    for round in 0..20 {
+        let id = player.id("serves");
+        let shim = player.shim(&id, &bundle::config(&player.host, &SLEEP));
+        if round % 2 == 1 {
+            shim.shut_down();
+        }
+        assert_eq!(player.delete(&id, &shim.bundle), 137);
+        assert!(!Path::new(shim.address.trim_start_matches("unix://")).exists(), "round {round}");
+    }
+}
+
+pub(crate) fn same_id_again(player: &Player) {
+    let id = player.id("again");
+    for _ in 0..3 {
+        let shim = player.shim(&id, &bundle::config(&player.host, &["true"]));
+        shim.create(&id).expect("create");
+        shim.start(&id, "").expect("start");
+        assert_eq!(shim.wait(&id, "").expect("wait"), 0);
+        shim.delete(&id, "").expect("delete");
+        // By its answer, the address is free.
+        shim.shut_down();
+    }
+    for _ in 0..20 {
+        player.shim(&id, &bundle::config(&player.host, &["true"])).shut_down();
+    }
+}
+
 /// PID of a shim that has no task yet, by the command line with its id.
 fn socket_owner(address: &str) -> i32 {
     let path = address.trim_start_matches("unix://");
