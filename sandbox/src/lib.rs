@@ -15,6 +15,7 @@ pub mod agent;
 pub mod artifacts;
 pub mod bundle;
 pub mod capability;
+pub mod cgroup_child;
 pub mod container;
 pub mod default_spec;
 mod image_file;

@@ -5,6 +5,7 @@
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
+use nix::unistd::Pid;
 
 /// Attaches an open `/dev/net/tun` to a new interface; its name. A `%d` in `name` becomes the first number that is free.
 pub(crate) fn attach_tun(tun: BorrowedFd<'_>, name: &str, flags: libc::c_int) -> nix::Result<String> {
@@ -22,6 +23,31 @@ pub(crate) fn attach_tun(tun: BorrowedFd<'_>, name: &str, flags: libc::c_int) ->
     Errno::result(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
     let name = request.ifr_name.iter().take_while(|byte| **byte != 0).map(|byte| byte.cast_unsigned());
     String::from_utf8(name.collect()).map_err(|_| Errno::EILSEQ)
+}
+
+/// Forks, the child being in `cgroup` from its first instruction on; returns when the child has become another program
+/// or has ended. `None` is returned to the child, which has this thread alone.
+pub(crate) fn fork_into(cgroup: BorrowedFd<'_>) -> nix::Result<Option<Pid>> {
+    /// `linux/sched.h`; libc's constant of the name is too narrow for it.
+    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+    let arguments = libc::clone_args {
+        flags: u64::from(libc::CLONE_VFORK.cast_unsigned()) | CLONE_INTO_CGROUP,
+        pidfd: 0,
+        child_tid: 0,
+        parent_tid: 0,
+        exit_signal: u64::from(libc::SIGCHLD.cast_unsigned()),
+        stack: 0,
+        stack_size: 0,
+        tls: 0,
+        set_tid: 0,
+        set_tid_size: 0,
+        cgroup: u64::from(cgroup.as_raw_fd().cast_unsigned()),
+    };
+    // SAFETY: the structure is whole and read during the call. Without CLONE_VM the child has its own copy of the memory
+    // and continues on the same stack, as after fork.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<libc::clone_args>()) };
+    let pid = i32::try_from(Errno::result(pid)?).map_err(|_| Errno::EOVERFLOW)?;
+    Ok((pid != 0).then(|| Pid::from_raw(pid)))
 }
 
 /// Commands of bpf(2), and types of maps, programs and attachments (`linux/bpf.h`).

@@ -1,6 +1,10 @@
-//! The pod's cgroup on the host: the shim goes into it before it starts the VMM, so that all memory and CPU time of the pod
+//! The pod's cgroup on the host: the shim is in it before it starts the VMM, so that all memory and CPU time of the pod
 //! is counted where the kubelet looks for it, and held to the limits it has set there.
+//!
+//! The action `start` reads its name and has the shim begin there. A pod of which nothing is known by then is entered
+//! later, see `krx_sandbox::cgroup_child` for what that costs.
 
+use std::env;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -8,23 +12,28 @@ use std::path::{Path, PathBuf};
 /// The hierarchy of version 2, or where it is beside one of version 1.
 const ROOTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
 
+/// In the environment of a shim that has begun in its pod's cgroup: where the process was that has started it.
+pub(crate) const HOME: &str = "KRX_SHIM_HOME";
+
 /// A cgroup that the shim is in. Left and removed when dropped.
 #[derive(Debug)]
 pub(crate) struct PodCgroup {
     path: PathBuf,
-    /// Where the shim came from.
-    before: PathBuf,
+    /// Where the shim goes when it leaves.
+    home: PathBuf,
 }
 
 impl PodCgroup {
-    /// Makes the cgroup that a configuration names, and enters it. `None` where the host has no cgroups of version 2.
+    /// Makes the cgroup that a configuration names, and enters it, if the shim has not begun there. `None` where the host
+    /// has no cgroups of version 2.
     pub(crate) fn enter(name: &Path) -> io::Result<Option<Self>> {
-        let Some(root) = root() else { return Ok(None) };
-        let path = root.join(relative(name)?);
-        let own = fs::read_to_string("/proc/self/cgroup")?;
-        let before = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
-        let cgroup = Self { before: root.join(before), path };
-        fs::create_dir_all(&cgroup.path)?;
+        let Some(path) = make(name)? else { return Ok(None) };
+        let begun = begun()?.filter(|begun| begun.path == path);
+        if begun.is_some() {
+            return Ok(begun);
+        }
+        let Some(home) = own()? else { return Ok(None) };
+        let cgroup = Self { path, home };
         cgroup.move_to(&cgroup.path)?;
         Ok(Some(cgroup))
     }
@@ -36,10 +45,37 @@ impl PodCgroup {
 
 impl Drop for PodCgroup {
     fn drop(&mut self) {
-        if self.move_to(&self.before).is_ok() {
+        if self.move_to(&self.home).is_ok() {
             remove(&self.path);
         }
     }
+}
+
+/// Makes the cgroup that a configuration names, if it is not there: its directory. `None` where the host has none.
+pub(crate) fn make(name: &Path) -> io::Result<Option<PathBuf>> {
+    let Some(root) = root() else { return Ok(None) };
+    let path = root.join(relative(name)?);
+    fs::create_dir_all(&path)?;
+    Ok(Some(path))
+}
+
+/// Directory of this process's cgroup.
+pub(crate) fn own() -> io::Result<Option<PathBuf>> {
+    let own = fs::read_to_string("/proc/self/cgroup")?;
+    let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+    Ok(root().map(|root| root.join(own)))
+}
+
+/// The cgroup in which the action `start` had this process begin, as long as it is there.
+fn begun() -> io::Result<Option<PodCgroup>> {
+    let home = env::var_os(HOME).map(PathBuf::from);
+    let begun = own()?.zip(home).map(|(path, home)| PodCgroup { path, home });
+    Ok(begun.filter(|begun| begun.path != begun.home))
+}
+
+/// Leaves and removes the cgroup in which this process has begun, if no pod has come to be that would have done so.
+pub(crate) fn leave() {
+    let _ = begun();
 }
 
 /// Removes the cgroup that a configuration names, if nobody is in it.

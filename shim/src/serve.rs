@@ -21,6 +21,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::dup2_stderr;
 use tokio::sync::{Notify, mpsc};
 
+use crate::cgroup;
 use crate::events::Events;
 use crate::flags::Flags;
 use crate::sandbox_service::SandboxService;
@@ -103,6 +104,7 @@ async fn run(flags: &Flags, listener: UnixListener, address: &str) -> Result<(),
     let _ = shim.notices.send(Notice::Last);
     let _ = tokio::time::timeout(LAST_EVENTS, watching).await;
     let _ = tokio::time::timeout(LAST_EVENTS, shim.events.told()).await;
+    cgroup::leave();
     let _ = server.shutdown().await;
     Ok(())
 }

@@ -4,19 +4,24 @@
 //! it runs. The others get the address of the one that serves their pod.
 
 use std::env;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, IsTerminal, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use containerd_shim::StartOpts;
 use containerd_shim::bootstrap::{BootstrapParams, BootstrapResult, LogLevel};
 use containerd_shim_protos::TASK_API_VERSION;
 use containerd_shim_protos::protobuf::Message;
+use krx_sandbox::cgroup_child;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
 
+use crate::cgroup;
 use crate::config_json::{ConfigJson, ConfigJsonError, Role};
 use crate::flags::Flags;
 
@@ -55,24 +60,21 @@ pub(crate) enum StartError {
 /// Carries the action out; the bundle is the working directory.
 pub(crate) fn start(flags: &Flags) -> Result<(), StartError> {
     let (options, bootstrap) = parameters(flags, &input()?)?;
-    let role = role(Path::new("."))?;
-    let (address, child) = match &role {
-        Role::Member(sandbox) => {
-            let address = options.socket_address(sandbox);
-            UnixStream::connect(socket_path(&address)).map_err(|_| StartError::NoPod(sandbox.clone()))?;
-            (address, None)
-        }
-        Role::Single | Role::Sandbox => {
-            let address = options.socket_address(&options.id);
-            let child = serve(&options, &address)?;
-            (address, Some(child))
-        }
-    };
+    let config = config(Path::new("."))?;
+    if let Some(Role::Member(sandbox)) = config.as_ref().map(|config| &config.role) {
+        let address = options.socket_address(sandbox);
+        UnixStream::connect(socket_path(&address)).map_err(|_| StartError::NoPod(sandbox.clone()))?;
+        return answer(&address, bootstrap);
+    }
+    let cgroup = config.and_then(|config| config.cgroup);
+    let address = options.socket_address(&options.id);
+    let shim = serve(&options, &address, cgroup.as_deref())?;
     let answered = answer(&address, bootstrap);
-    if let (Err(_), Some(mut child)) = (&answered, child) {
+    if answered.is_err() {
         // Nobody knows of it: it would wait for requests for ever.
-        let _ = child.kill();
+        let _ = kill(shim, Signal::SIGKILL).and_then(|()| waitpid(shim, None));
         let _ = fs::remove_file(socket_path(&address));
+        cgroup.as_deref().map(cgroup::clean_up);
     }
     answered
 }
@@ -84,10 +86,10 @@ fn answer(address: &str, bootstrap: bool) -> Result<(), StartError> {
     stdout.write_all(&answer).and_then(|()| stdout.flush()).map_err(StartError::Answer)
 }
 
-/// The place in a pod of what is to be served. A sandbox that containerd asks for by the Sandbox service has a bundle
-/// without a configuration.
-fn role(bundle: &Path) -> Result<Role, ConfigJsonError> {
-    if bundle.join("config.json").exists() { Ok(ConfigJson::read(bundle)?.role) } else { Ok(Role::Sandbox) }
+/// The configuration of what is to be served. A sandbox that containerd asks for by the Sandbox service has a bundle
+/// without one.
+fn config(bundle: &Path) -> Result<Option<ConfigJson>, ConfigJsonError> {
+    bundle.join("config.json").exists().then(|| ConfigJson::read(bundle)).transpose()
 }
 
 /// The path of a unix socket's address.
@@ -149,7 +151,7 @@ fn encode(address: &str) -> Result<Vec<u8>, StartError> {
     result.write_to_bytes().map_err(|error| StartError::Answer(io::Error::other(error)))
 }
 
-fn serve(options: &StartOpts, address: &str) -> Result<Child, StartError> {
+fn serve(options: &StartOpts, address: &str, cgroup: Option<&Path>) -> Result<Pid, StartError> {
     let path = socket_path(address);
     let failed = |source| StartError::Listen { path: path.into(), source };
     if let Some(directory) = path.parent() {
@@ -162,26 +164,43 @@ fn serve(options: &StartOpts, address: &str) -> Result<Child, StartError> {
         }
         bound => bound,
     };
-    let spawned = spawn(options, listener.map_err(failed)?);
+    let listener = listener.map_err(failed)?;
+    let spawned = cgroup.and_then(|cgroup| spawn_into(options, &listener, cgroup));
+    let spawned = spawned.map_or_else(|| spawn(&mut command(options, &listener)?), Ok);
     if spawned.is_err() {
         let _ = fs::remove_file(path);
     }
     spawned.map_err(StartError::Spawn)
 }
 
-fn spawn(options: &StartOpts, listener: UnixListener) -> io::Result<Child> {
+/// Starts it in the pod's cgroup. Where that cannot be, it tries to go there itself, and says why it could not.
+fn spawn_into(options: &StartOpts, listener: &UnixListener, cgroup: &Path) -> Option<Pid> {
+    let begin = |directory: PathBuf| {
+        let mut command = command(options, listener)?;
+        command.arg("serve").envs(cgroup::own()?.map(|home| (cgroup::HOME, home)));
+        cgroup_child::spawn(&mut command, File::open(directory)?.as_fd())
+    };
+    let made = cgroup::make(cgroup).ok()??;
+    begin(made).inspect_err(|_| cgroup::clean_up(cgroup)).ok()
+}
+
+fn spawn(command: &mut Command) -> io::Result<Pid> {
+    let child = command.arg("serve").spawn()?;
+    Ok(Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?))
+}
+
+fn command(options: &StartOpts, listener: &UnixListener) -> io::Result<Command> {
     let mut command = Command::new(env::current_exe()?);
     command
         .args(["-namespace", &options.namespace, "-id", &options.id, "-address", &options.address])
         .args(options.debug.then_some("-debug"))
-        .arg("serve")
         .env(TTRPC_ADDRESS, &options.ttrpc_address)
         // The socket it accepts on; containerd reads the other streams of this process to their end.
-        .stdin(Stdio::from(OwnedFd::from(listener)))
+        .stdin(Stdio::from(OwnedFd::from(listener.try_clone()?)))
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .process_group(0);
-    command.spawn()
+    Ok(command)
 }
 
 #[cfg(test)]

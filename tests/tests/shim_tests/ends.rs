@@ -10,6 +10,7 @@ use containerd_shim_protos::ttrpc::Code;
 use containerd_shim_protos::ttrpc::proto::Request;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tests::cri::pod::CGROUPS;
 use tests::pod::{finish, until};
 use tests::shim::{Player, Way, assert_refused, bundle, limit, refusal};
 
@@ -145,6 +146,38 @@ pub(crate) fn deleted_while_it_serves(player: &Player) {
         assert_eq!(player.delete(&id, &shim.bundle), 137);
         assert!(!Path::new(shim.address.trim_start_matches("unix://")).exists(), "round {round}");
     }
+}
+
+/// The shim begins in its pod's cgroup, and leaves nothing of it: without a task, with one, killed.
+pub(crate) fn cgroup(player: &Player) {
+    let above = Path::new(CGROUPS).join("of-shims");
+    fs::create_dir(&above).expect("cgroup");
+    for end in ["early", "run", "killed"] {
+        let id = player.id("cgroup");
+        let name = format!("/of-shims/{id}");
+        let mut config = bundle::config(&player.host, &["true"]);
+        config["linux"]["cgroupsPath"] = name.as_str().into();
+        let shim = player.shim(&id, &config);
+        let pid = socket_owner(&shim.address);
+        let cgroup_of = |pid: i32| fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("cgroup");
+        assert!(cgroup_of(pid).trim_end().ends_with(&name), "{}", cgroup_of(pid));
+        if end != "early" {
+            shim.create(&id).expect("create");
+            let vmm = i32::try_from(shim.state(&id, "").expect("state").pid).expect("pid");
+            assert!(cgroup_of(vmm).trim_end().ends_with(&name), "{}", cgroup_of(vmm));
+        }
+        match end {
+            "run" => shim.end(),
+            "killed" => {
+                kill(Pid::from_raw(pid), Signal::SIGKILL).expect("kill");
+                assert_eq!(player.delete(&id, &shim.bundle), 137);
+            }
+            _ => shim.shut_down(),
+        }
+        let path = above.join(&id);
+        assert!(until(Duration::from_secs(10), || (!path.exists()).then_some(())).is_some(), "{end}");
+    }
+    fs::remove_dir(&above).expect("empty");
 }
 
 pub(crate) fn same_id_again(player: &Player) {
