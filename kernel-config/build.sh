@@ -15,6 +15,7 @@ guest=$(dirname "$here")/target/guest
 out=${1:-$guest/vmlinux}
 cache=$guest/linux
 fragment=$here/x86_64.config
+edits=$here/edit-source.sh
 recorded=$here/SOURCE
 
 say() { echo "kernel: $*"; }
@@ -47,7 +48,7 @@ else
 fi
 stamp=$({
     echo "$identity"
-    cat "$fragment" "${BASH_SOURCE[0]}"
+    cat "$fragment" "$edits" "${BASH_SOURCE[0]}"
 } | sha256sum | cut -d ' ' -f 1)
 
 mkdir -p "$cache" "$(dirname "$out")"
@@ -90,6 +91,7 @@ need bison bison
 need bc bc
 need xz xz-utils
 need gzip gzip
+need python3 python3
 if command -v gcc >/dev/null; then
     echo '#include <gelf.h>' | gcc -E -x c - >/dev/null 2>&1 || missing+=(libelf-dev)
     echo '#include <stdio.h>' | gcc -E -x c - >/dev/null 2>&1 || missing+=(libc6-dev)
@@ -125,6 +127,8 @@ else
         "${decompress[@]}" "$source" | tar -x -C "$tree" --strip-components=1 "${unreachable[@]/#/--exclude=}"
         echo "$unpacked" >"$cache/unpacked"
     fi
+    # Somebody's own tree is left as it is.
+    "$edits" "$tree"
 fi
 
 # ---- configuration ----
