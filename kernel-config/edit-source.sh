@@ -44,3 +44,7 @@ edit arch/x86/kernel/cpu/scattered.c 'max_level = cpuid_eax(cb->level & 0xffff00
 			max_level = cpuid_eax(cb->level & 0xffff0000);'
 edit arch/x86/kernel/cpu/scattered.c 'cpuid_count(cb->level, cb->sub_leaf, &regs[CPUID_EAX],' '		if (cb == cpuid_bits || cb->level != cb[-1].level || cb->sub_leaf != cb[-1].sub_leaf) /* krx */
 		cpuid_count(cb->level, cb->sub_leaf, &regs[CPUID_EAX],'
+
+# krx's devices need no acknowledgement of used buffers (vmm/src/virtio/irq.rs): an exit for each interrupt. The vendor is krx's.
+edit drivers/virtio/virtio_mmio.c 'writel(status, vm_dev->base + VIRTIO_MMIO_INTERRUPT_ACK);' '	if (vm_dev->vdev.id.vendor != 0x58524b || status & ~VIRTIO_MMIO_INT_VRING) /* krx */
+		writel(status, vm_dev->base + VIRTIO_MMIO_INTERRUPT_ACK);'

@@ -6,6 +6,7 @@ use krx_vmm::bus::BusDevice;
 use krx_vmm::virtio::device::{Device, DeviceError, Worker};
 use krx_vmm::virtio::irq::Interrupt;
 use krx_vmm::virtio::mmio::{MmioTransport, Running, WorkerHost};
+use krx_vmm::virtio::registers::Registers;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -59,7 +60,7 @@ pub(crate) fn drive(device: Box<dyn Device>, data: &[u8], mut outside: impl FnMu
     let kicks: Vec<EventFd> = device.queue_sizes().iter().map(|_| event()).collect();
     let bells: Vec<EventFd> = kicks.iter().map(|kick| kick.try_clone().expect("eventfd")).collect();
     let host = Inline::default();
-    let interrupt = Interrupt::new(event());
+    let interrupt = Interrupt::new(event(), Registers::alone().expect("memory"));
     let mut transport = MmioTransport::new(device, memory.clone(), interrupt, kicks, host.clone());
     let mut input = Input::new(data);
     for _ in 0..STEPS {

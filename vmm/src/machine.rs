@@ -189,7 +189,8 @@ impl Machine {
         }
 
         let mut cmdline = base_cmdline(config).map_err(MachineError::Boot)?;
-        let mut slots = Slots::new(&vm, &memory, Workers::new(&event_loop));
+        let workers = Workers::new(&event_loop);
+        let mut slots = Slots::new(&vm, &memory, workers).map_err(MachineError::Host)?;
         crate::slots::attach_devices(&mut slots, config, opened.entropy, interfaces)?;
         for device in slots.cmdline() {
             append(&mut cmdline, device).map_err(MachineError::Boot)?;
@@ -198,7 +199,8 @@ impl Machine {
         let serial = config.console.then_some(layout::COM1_IRQ);
         let irqs: Vec<_> =
             serial.into_iter().chain(slots.irqs()).filter_map(|irq| irq.try_into().ok()).collect();
-        let mut buses = Buses { mmio: slots.into_bus(), ..Buses::default() };
+        let mmio = slots.into_bus().map_err(MachineError::Kvm)?;
+        let mut buses = Buses { mmio, ..Buses::default() };
         attach_ports(&mut buses, &vm, config.console).map_err(MachineError::Kvm)?;
 
         let count = config.vcpus.get();

@@ -1,6 +1,7 @@
 //! virtio-mmio slots: gives each device its registers, interrupt and notifications, and tells the kernel of them.
 
 use std::fs::File;
+use std::io;
 use std::sync::{Arc, Mutex};
 
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_NOTIFY};
@@ -17,6 +18,7 @@ use crate::virtio::device::Device;
 use crate::virtio::irq::Interrupt;
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::net::Net;
+use crate::virtio::registers::RegisterFile;
 use crate::virtio::{fs, rng, vsock};
 
 /// The slots filled so far.
@@ -24,13 +26,17 @@ pub(crate) struct Slots<'a> {
     vm: &'a Vm,
     memory: &'a GuestMemoryMmap,
     workers: Workers,
+    registers: RegisterFile,
     bus: Bus,
     cmdline: Vec<String>,
 }
 
 impl<'a> Slots<'a> {
-    pub(crate) fn new(vm: &'a Vm, memory: &'a GuestMemoryMmap, workers: Workers) -> Self {
-        Self { vm, memory, workers, bus: Bus::default(), cmdline: Vec::new() }
+    /// # Errors
+    /// When the host is out of memory.
+    pub(crate) fn new(vm: &'a Vm, memory: &'a GuestMemoryMmap, workers: Workers) -> io::Result<Self> {
+        let registers = RegisterFile::new(layout::VIRTIO_SLOTS)?;
+        Ok(Self { vm, memory, workers, registers, bus: Bus::default(), cmdline: Vec::new() })
     }
 
     /// Puts `device` into the next free slot.
@@ -42,7 +48,8 @@ impl<'a> Slots<'a> {
         debug_assert!(slot < layout::VIRTIO_SLOTS, "every device has a slot of its own");
         let address = layout::VIRTIO_MMIO + u64::from(slot) * layout::VIRTIO_MMIO_SIZE;
         let irq = layout::VIRTIO_IRQ + slot;
-        let interrupt = Interrupt::new(self.vm.irqfd(irq)?);
+        let registers = self.registers.slot(slot).map_err(KvmError::Registers)?;
+        let interrupt = Interrupt::new(self.vm.irqfd(irq)?, registers);
         let notify = address + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY);
         // A kick that nobody hears ends in the transport, which ignores it.
         let kick = |queue| match device.hears(queue) {
@@ -51,9 +58,8 @@ impl<'a> Slots<'a> {
         };
         let kicks: Result<Vec<_>, _> =
             (0..).zip(device.queue_sizes()).map(|(queue, _)| kick(queue)).collect();
-        if !device.minds_acknowledgements() {
-            self.vm.drop_writes(address + u64::from(VIRTIO_MMIO_INTERRUPT_ACK))?;
-        }
+        // They change nothing, see `USED_BUFFER`: the kernel drops them, which spares an exit to here for each interrupt.
+        self.vm.drop_writes(address + u64::from(VIRTIO_MMIO_INTERRUPT_ACK))?;
         let host = self.workers.of_device(&*device).map_err(KvmError::Thread)?;
         let transport = MmioTransport::new(device, self.memory.clone(), interrupt, kicks?, host);
         self.bus.attach(address, layout::VIRTIO_MMIO_SIZE, Arc::new(Mutex::new(transport)));
@@ -71,8 +77,13 @@ impl<'a> Slots<'a> {
         (layout::VIRTIO_IRQ..).take(self.cmdline.len())
     }
 
-    pub(crate) fn into_bus(self) -> Bus {
-        self.bus
+    /// Lets the guest read the registers; its writes come to the bus that is returned.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub(crate) fn into_bus(self) -> Result<Bus, KvmError> {
+        self.vm.show(layout::VIRTIO_MMIO, self.registers.memory())?;
+        Ok(self.bus)
     }
 }
 

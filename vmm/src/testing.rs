@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::virtio::irq::Interrupt;
 use crate::virtio::queue::{LiveQueue, QueueConfig};
+use crate::virtio::registers::Registers;
 
 /// `VIRTQ_DESC_F_NEXT` and `VIRTQ_DESC_F_WRITE` (virtio 1.2, 2.7.5), as wide as a descriptor has them.
 pub(crate) const NEXT: u16 = 1;
@@ -46,7 +47,7 @@ pub(crate) fn event() -> EventFd {
 /// An interrupt and the eventfd on which it can be counted.
 pub(crate) fn interrupt() -> (Interrupt, EventFd) {
     let irq = event();
-    (Interrupt::new(irq.try_clone().unwrap()), irq)
+    (Interrupt::new(irq.try_clone().unwrap(), Registers::alone().unwrap()), irq)
 }
 
 /// Makes the rings that `mock` has laid in `memory` a live queue; the eventfd kicks it.

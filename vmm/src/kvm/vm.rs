@@ -1,8 +1,10 @@
 //! The VM: memory slots, interrupt controllers in the kernel, and eventfds in both directions.
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use std::sync::{Arc, OnceLock};
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
-use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::arch::x86_64::layout;
@@ -22,6 +24,8 @@ pub enum KvmError {
     EventFd(#[source] std::io::Error),
     #[error("Thread of a device cannot be made")]
     Thread(#[source] std::io::Error),
+    #[error("Registers of a device cannot be made")]
+    Registers(#[source] std::io::Error),
 }
 
 /// Names the step for [`KvmError::Refused`].
@@ -34,6 +38,8 @@ pub(super) fn step(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmE
 pub struct Vm {
     vm: VmFd,
     cpuid: CpuId,
+    /// Memory that the guest may read, kept as long as the VM.
+    shown: OnceLock<Arc<MmapRegion>>,
 }
 
 impl Vm {
@@ -48,7 +54,7 @@ impl Vm {
         vm.create_irq_chip().map_err(step("creating interrupt controllers"))?;
         map_memory(&vm, memory)?;
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(step("listing CPUID leaves"))?;
-        Ok(Self { vm, cpuid })
+        Ok(Self { vm, cpuid, shown: OnceLock::new() })
     }
 
     /// CPUID leaves that KVM can show a guest.
@@ -83,6 +89,16 @@ impl Vm {
         Ok(event)
     }
 
+    /// Lets the guest read `memory` at `address`, once a VM. Its writes there are exits, as where no memory is.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn show(&self, address: u64, memory: Arc<MmapRegion>) -> Result<(), KvmError> {
+        let memory = self.shown.get_or_init(|| memory);
+        let (at, length) = (memory.as_ptr(), memory.size() as u64);
+        set_slot(&self.vm, READ_ONLY_SLOT, KVM_MEM_READONLY, address, (at, length))
+    }
+
     /// Has writes of the guest to `address` change nothing, without leaving the kernel.
     ///
     /// # Errors
@@ -91,6 +107,9 @@ impl Vm {
         drop_writes(&self.vm, &IoEventAddress::Mmio(address), "connecting acknowledgements of interrupts")
     }
 }
+
+/// KVM's slot for memory that the guest may only read. Those before are for its own: one region, or two.
+const READ_ONLY_SLOT: u32 = 2;
 
 /// Has KVM take all writes to `address` that come to it first, and tell nobody.
 fn drop_writes(vm: &VmFd, address: &IoEventAddress, what: &'static str) -> Result<(), KvmError> {
@@ -116,19 +135,23 @@ pub fn open() -> Result<Kvm, KvmError> {
     Kvm::new().map_err(KvmError::Open)
 }
 
-#[expect(unsafe_code, reason = "KVM_SET_USER_MEMORY_REGION takes a raw host address")]
 fn map_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), KvmError> {
-    for (slot, region) in (0..).zip(memory.iter()) {
-        let slot = kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: region.start_addr().raw_value(),
-            memory_size: region.len(),
-            userspace_addr: region.as_ptr() as u64,
-        };
-        // SAFETY: the region is one live mapping of `len` bytes at that address; the machine keeps the memory alive
-        // for as long as the VM, and regions do not overlap.
-        unsafe { vm.set_user_memory_region(slot) }.map_err(step("mapping guest memory"))?;
-    }
-    Ok(())
+    (0..).zip(memory.iter()).try_for_each(|(slot, region)| {
+        set_slot(vm, slot, 0, region.start_addr().raw_value(), (region.as_ptr(), region.len()))
+    })
+}
+
+#[expect(unsafe_code, reason = "KVM_SET_USER_MEMORY_REGION takes a raw host address")]
+fn set_slot(
+    vm: &VmFd,
+    slot: u32,
+    flags: u32,
+    guest_phys_addr: u64,
+    (at, memory_size): (*mut u8, u64),
+) -> Result<(), KvmError> {
+    let userspace_addr = at as u64;
+    let slot = kvm_userspace_memory_region { slot, flags, guest_phys_addr, memory_size, userspace_addr };
+    // SAFETY: what is mapped is one live mapping of that length at that address. The machine keeps the guest's own memory
+    // alive for as long as the VM, the VM what it shows; regions do not overlap.
+    unsafe { vm.set_user_memory_region(slot) }.map_err(step("mapping guest memory"))
 }

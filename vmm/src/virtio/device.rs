@@ -37,13 +37,6 @@ pub trait Device: Send {
         true
     }
 
-    /// Whether the driver's acknowledgements of interrupts change anything. Where the used-buffer bit is not cleared, see
-    /// [`Interrupt::lend`], only the bit that the device is broken would be, and that one may as well stay until the reset: the
-    /// kernel then drops them, which spares an exit an interrupt.
-    fn minds_acknowledgements(&self) -> bool {
-        true
-    }
-
     /// Fills `data` from the configuration space; bytes beyond its end read as zero.
     fn read_config(&self, _offset: u64, data: &mut [u8]) {
         data.fill(0);

@@ -1,5 +1,7 @@
 //! The virtio-mmio transport (virtio 1.2, section 4.2), modern only: registers in, live queues out.
 //!
+//! The guest reads [`Registers`] by itself; here are its writes, and what they make it read.
+//!
 //! The transport owns all configuration. Setting DRIVER_OK moves live queues into the device and yields a worker,
 //! which a [`WorkerHost`] runs; writing 0 to Status takes it back. Queue notifications do not come here: KVM turns
 //! them into eventfds.
@@ -14,8 +16,9 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Activation, Device, DeviceError, Worker};
-use super::irq::Interrupt;
+use super::irq::{Interrupt, USED_BUFFER};
 use super::queue::QueueConfig;
+use super::registers::Registers;
 use crate::bus::{BusDevice, Effect};
 
 /// "virt" in little-endian ASCII.
@@ -73,7 +76,7 @@ impl<H: WorkerHost> MmioTransport<H> {
         host: H,
     ) -> Self {
         let queues = device.queue_sizes().iter().map(|size| QueueConfig::new(*size)).collect();
-        Self {
+        let transport = Self {
             device,
             memory,
             interrupt,
@@ -86,15 +89,61 @@ impl<H: WorkerHost> MmioTransport<H> {
             queue_select: 0,
             queues,
             running: None,
+        };
+        transport.show_device();
+        transport.show_state();
+        transport
+    }
+
+    fn registers(&self) -> &Registers {
+        self.interrupt.registers()
+    }
+
+    /// What never changes.
+    fn show_device(&self) {
+        for (register, value) in [
+            (register::VIRTIO_MMIO_MAGIC_VALUE, MAGIC),
+            (register::VIRTIO_MMIO_VERSION, VERSION),
+            (register::VIRTIO_MMIO_DEVICE_ID, self.device.kind() as u32),
+            (register::VIRTIO_MMIO_VENDOR_ID, VENDOR),
+            (register::VIRTIO_MMIO_SHM_LEN_LOW, NO_REGION),
+            (register::VIRTIO_MMIO_SHM_LEN_HIGH, NO_REGION),
+            (register::VIRTIO_MMIO_SHM_BASE_LOW, NO_REGION),
+            (register::VIRTIO_MMIO_SHM_BASE_HIGH, NO_REGION),
+        ] {
+            self.registers().set(register, value);
         }
+        // ConfigGeneration stays 0: no device changes its configuration.
+        self.registers().set_config(|config| self.device.read_config(0, config));
+    }
+
+    /// All that depends on what the driver has written, after power-on and reset.
+    fn show_state(&self) {
+        self.registers().set(register::VIRTIO_MMIO_INTERRUPT_STATUS, 0);
+        self.registers().set(register::VIRTIO_MMIO_STATUS, 0);
+        self.show_features();
+        self.show_queue();
+    }
+
+    fn show_features(&self) {
+        let features = half(self.offered(), self.device_features_select);
+        self.registers().set(register::VIRTIO_MMIO_DEVICE_FEATURES, features);
+    }
+
+    fn show_queue(&self) {
+        let queue = usize::try_from(self.queue_select).ok().and_then(|index| self.queues.get(index));
+        let (size, ready) = queue.map_or((0, false), |queue| (queue.max_size, queue.ready));
+        self.registers().set(register::VIRTIO_MMIO_QUEUE_NUM_MAX, size.into());
+        self.registers().set(register::VIRTIO_MMIO_QUEUE_READY, ready.into());
+    }
+
+    /// Bits of Status are only ever set: one may be the worker's, which says that it is broken.
+    fn show_status(&self) {
+        self.registers().raise(register::VIRTIO_MMIO_STATUS, self.status);
     }
 
     fn offered(&self) -> u64 {
         self.device.features() | 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX
-    }
-
-    fn queue(&self) -> Option<&QueueConfig> {
-        self.queues.get(usize::try_from(self.queue_select).ok()?)
     }
 
     /// The selected queue, while the driver may still configure it.
@@ -104,34 +153,23 @@ impl<H: WorkerHost> MmioTransport<H> {
         configurable.then_some(queue)
     }
 
-    fn read_register(&self, offset: u32) -> u32 {
-        match offset {
-            register::VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
-            register::VIRTIO_MMIO_VERSION => VERSION,
-            register::VIRTIO_MMIO_DEVICE_ID => self.device.kind() as u32,
-            register::VIRTIO_MMIO_VENDOR_ID => VENDOR,
-            register::VIRTIO_MMIO_DEVICE_FEATURES => half(self.offered(), self.device_features_select),
-            register::VIRTIO_MMIO_QUEUE_NUM_MAX => self.queue().map_or(0, |queue| queue.max_size.into()),
-            register::VIRTIO_MMIO_QUEUE_READY => self.queue().is_some_and(|queue| queue.ready).into(),
-            register::VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.pending(),
-            register::VIRTIO_MMIO_STATUS => self.status | self.interrupt.status_bit(),
-            register::VIRTIO_MMIO_SHM_LEN_LOW
-            | register::VIRTIO_MMIO_SHM_LEN_HIGH
-            | register::VIRTIO_MMIO_SHM_BASE_LOW
-            | register::VIRTIO_MMIO_SHM_BASE_HIGH => NO_REGION,
-            // ConfigGeneration: no device changes its configuration.
-            _ => 0,
-        }
-    }
-
     fn write_register(&mut self, offset: u32, value: u32) {
         match offset {
-            register::VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_features_select = value,
+            register::VIRTIO_MMIO_DEVICE_FEATURES_SEL => {
+                self.device_features_select = value;
+                self.show_features();
+            }
             register::VIRTIO_MMIO_DRIVER_FEATURES => self.accept_features(value),
             register::VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_select = value,
-            register::VIRTIO_MMIO_QUEUE_SEL => self.queue_select = value,
-            register::VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt.acknowledge(value),
+            register::VIRTIO_MMIO_QUEUE_SEL => {
+                self.queue_select = value;
+                self.show_queue();
+            }
             register::VIRTIO_MMIO_STATUS => self.set_status(value),
+            register::VIRTIO_MMIO_QUEUE_READY => {
+                self.write_queue(offset, value);
+                self.show_queue();
+            }
             _ => self.write_queue(offset, value),
         }
     }
@@ -170,6 +208,7 @@ impl<H: WorkerHost> MmioTransport<H> {
         }
         if value & VIRTIO_CONFIG_S_FAILED != 0 {
             self.status |= VIRTIO_CONFIG_S_FAILED;
+            self.show_status();
             return;
         }
         // The driver writes back what it has read: the device's own bit is not its to set.
@@ -183,6 +222,7 @@ impl<H: WorkerHost> MmioTransport<H> {
             return;
         }
         self.status = wanted;
+        self.show_status();
         if wanted == DRIVER_OK {
             self.activate();
         }
@@ -214,6 +254,7 @@ impl<H: WorkerHost> MmioTransport<H> {
             queues,
             interrupt: self.interrupt.clone(),
         };
+        self.registers().raise(register::VIRTIO_MMIO_INTERRUPT_STATUS, USED_BUFFER);
         let worker = self.device.activate(activation)?;
         self.host.start(worker, self.interrupt.clone())
     }
@@ -229,21 +270,14 @@ impl<H: WorkerHost> MmioTransport<H> {
         for (queue, size) in self.queues.iter_mut().zip(self.device.queue_sizes()) {
             *queue = QueueConfig::new(*size);
         }
-        self.interrupt.reset();
+        self.show_state();
     }
 }
 
 impl<H: WorkerHost> BusDevice for MmioTransport<H> {
+    /// Only called where KVM does not let the guest read by itself.
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        let Ok(offset) = u32::try_from(offset) else { return };
-        if let Some(offset) = offset.checked_sub(register::VIRTIO_MMIO_CONFIG) {
-            self.device.read_config(offset.into(), data);
-        } else if let Ok(word) = <&mut [u8; 4]>::try_from(&mut *data) {
-            *word = self.read_register(offset).to_le_bytes();
-        } else {
-            // Registers are 32 bits wide and read as such (4.2.2.2).
-            data.fill(0);
-        }
+        self.registers().read(offset, data);
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Effect {

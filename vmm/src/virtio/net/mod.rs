@@ -154,10 +154,6 @@ impl Device for Net {
         &QUEUE_SIZES
     }
 
-    fn minds_acknowledgements(&self) -> bool {
-        self.vhost.is_none()
-    }
-
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         let start = usize::try_from(offset).unwrap_or(usize::MAX).min(CONFIG_SIZE);

@@ -26,7 +26,6 @@ fn guest(features: u64) -> Option<Guest> {
         Ok(mut vhost) => {
             let mut device = device();
             device.set_vhost(vhost.pop().unwrap());
-            assert!(!device.minds_acknowledgements());
             assert_eq!(device.placement(), Placement::OwnThread(Kind::VhostNetwork));
             Some(lending(Guest::in_memory(memory, device, features | MODERN)))
         }
