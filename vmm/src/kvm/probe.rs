@@ -29,8 +29,9 @@ pub use verdict::{Defect, Facts, Stop, Verdict, judge};
 const API_VERSION: i32 = 12;
 
 /// What the VMM builds on, with the names used in the KVM API documentation.
-const CAPABILITIES: [(Cap, &str); 9] = [
+const CAPABILITIES: [(Cap, &str); 10] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
