@@ -3,13 +3,14 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use tests::containerd::{Engine, GATEWAY, suite};
 use tests::cri::container::END;
 use tests::cri::messages::{NODE, Namespaces, POD, SANDBOX_READY};
-use tests::cri::pod::PodPlan;
+use tests::cri::pod::{CGROUPS, PodPlan};
 use tests::pod::until;
 use tests::scratch::Scratch;
 
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
         ("a_forwarded_port", forward),
         ("status_and_lists", status),
         ("stop_of_a_pod_ends_its_containers", stop),
+        ("a_pod_in_a_slice_of_systemd", slice),
         ("a_pod_on_the_hosts_network", host_network),
     ])
 }
@@ -178,6 +180,28 @@ fn stop(engine: &Engine) {
     let cgroup = pod.cgroup();
     drop(pod);
     assert!(!cgroup.exists(), "something is left in {}", cgroup.display());
+}
+
+/// A kubelet with the systemd driver names slices, and containerd then says `slice:prefix:name` (systemd.slice(5)).
+fn slice(engine: &Engine) {
+    let above = Path::new(CGROUPS).join("krxslice.slice");
+    let mut plan = PodPlan::new(engine, "slice");
+    plan.linux().cgroup_parent = "/krxslice.slice/krxslice-pod1.slice".into();
+    let pod = plan.run();
+    let container = pod.shell("main", "echo up; exec sleep 600").start();
+    container.wait_for("up");
+    let scope = pod.cgroup().join(format!("cri-containerd-{}.scope", pod.id));
+    let inside = std::fs::read_to_string(scope.join("cgroup.procs")).expect("the pod's scope");
+    let comm = |pid: &str| std::fs::read_to_string(format!("/proc/{pid}/comm")).expect("process");
+    let mut inside: Vec<_> = inside.lines().map(|pid| comm(pid).trim().to_string()).collect();
+    inside.sort();
+    if engine.is_krx() {
+        assert_eq!(inside, ["containerd-shim", "krx-vmm"]);
+    }
+    pod.stop().expect("stop");
+    assert!(!scope.exists(), "{} is left", scope.display());
+    drop(pod);
+    std::fs::remove_dir(&above).expect("nothing else is left in the slice");
 }
 
 /// Of a VM the host's network is not to be had: krx refuses such a pod.
