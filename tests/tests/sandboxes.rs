@@ -5,12 +5,14 @@ use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::ExitCode;
+use std::thread;
 use std::time::Duration;
 
 use tests::containerd::{Engine, GATEWAY, suite};
 use tests::cri::container::END;
 use tests::cri::messages::{NODE, Namespaces, POD, SANDBOX_READY};
 use tests::cri::pod::{CGROUPS, PodPlan};
+use tests::cri::stream::STDOUT;
 use tests::pod::until;
 use tests::scratch::Scratch;
 
@@ -27,6 +29,7 @@ fn main() -> ExitCode {
         ("a_forwarded_port", forward),
         ("status_and_lists", status),
         ("stop_of_a_pod_ends_its_containers", stop),
+        ("an_exec_that_is_idle_lives_on", idle),
         ("a_pod_in_a_slice_of_systemd", slice),
         ("a_pod_on_the_hosts_network", host_network),
     ])
@@ -180,6 +183,20 @@ fn stop(engine: &Engine) {
     let cgroup = pod.cgroup();
     drop(pod);
     assert!(!cgroup.exists(), "something is left in {}", cgroup.display());
+}
+
+/// `KRX_IDLE=SECONDS` for longer; where time is counted an hour takes a minute.
+fn idle(engine: &Engine) {
+    let seconds = std::env::var("KRX_IDLE").ok().and_then(|text| text.parse().ok()).unwrap_or(5);
+    let pod = PodPlan::new(engine, "idle").run();
+    let container = pod.container("main", &["sleep", "infinity"]).start();
+    let mut stream =
+        container.exec_stream(&["sh", "-c", "echo up; read line; echo got $line; exit 3"], false);
+    stream.wait_for(STDOUT, "up");
+    thread::sleep(Duration::from_secs(seconds));
+    stream.send("words\n");
+    assert_eq!(stream.exit_code(), 3);
+    assert!(stream.text(STDOUT).ends_with("got words\n"), "{}", stream.text(STDOUT));
 }
 
 /// A kubelet with the systemd driver names slices, and containerd then says `slice:prefix:name` (systemd.slice(5)).
