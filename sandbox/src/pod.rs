@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use krx_proto::{ContainerSpec, GuestInfo, Request};
-use krx_vmm::config::interface::Interface;
+use krx_vmm::config::interface::{Interface, MAX_PAIRS};
 use krx_vmm::config::{Config, ConfigError, Share, ShareEntry};
 
 use crate::agent::{AgentClient, CallError, Pending};
@@ -116,7 +116,9 @@ impl Pod {
         let PodConfig { vcpus, memory_mib, boot_timeout, jail, .. } = config;
         let directory = root.create(&config.name).map_err(PodError::State)?;
         let netns = config.netns.clone();
-        let network = netns.as_deref().map(Network::attach).transpose().map_err(PodError::Network)?;
+        let queues = queue_pairs(&config);
+        let network = netns.as_deref().map(|netns| Network::attach(netns, queues));
+        let network = network.transpose().map_err(PodError::Network)?;
         let program = config.artifacts.vmm.clone();
         let paths = directory.paths();
         let interfaces: Vec<_> = network.iter().flat_map(Network::interfaces).collect();
@@ -125,7 +127,7 @@ impl Pod {
         let path = paths.agent_listener();
         let listener =
             UnixListener::bind(&path).map_err(|source| PodError::Listen { path: path.clone(), source })?;
-        let taps: Vec<_> = interfaces.iter().map(|interface| interface.tap).collect();
+        let taps: Vec<_> = interfaces.iter().flat_map(|interface| interface.taps.clone()).collect();
         let launch = Launch { program: &program, config: vmm_config, lock: directory.lock(), taps: &taps };
         timings.mark("vmm spawned");
         let vmm = Arc::new(VmmProcess::spawn(launch).map_err(PodError::Spawn)?);
@@ -280,6 +282,12 @@ impl Drop for Pod {
         // Others may hold it: it has to be gone before the directory is.
         self.vmm.kill_and_wait();
     }
+}
+
+/// Pairs of queues of an interface: one for each vCPU, where vhost-net may serve them.
+fn queue_pairs(config: &PodConfig) -> usize {
+    let vcpus = usize::try_from(config.vcpus).unwrap_or(MAX_PAIRS);
+    if config.vhost_net { vcpus.min(MAX_PAIRS) } else { 1 }
 }
 
 fn vmm_config(config: PodConfig, paths: &PodPaths, net: Vec<Interface>) -> Config {

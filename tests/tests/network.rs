@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -190,6 +190,42 @@ fn kernel_moves_the_frames_where_it_may() {
     drop(pod);
     place.assert_clean();
     assert!(threads.iter().all(|thread| !thread.exists()));
+}
+
+/// Nanoseconds that a thread has run (`Documentation/scheduler/sched-stats.rst`).
+fn ran(thread: &Path) -> u64 {
+    let text = fs::read_to_string(thread.join("schedstat")).expect("schedstat");
+    text.split(' ').next().and_then(|nanoseconds| nanoseconds.parse().ok()).expect("a time")
+}
+
+#[test]
+fn interface_has_a_pair_of_queues_for_each_cpu() {
+    for settings in ["", USER_SPACE] {
+        let Some(place) = Place::with_settings(settings) else { return };
+        let in_kernel = has_vhost() && settings.is_empty();
+        let (lan, netns) = (Lan::new(1500), Netns::new());
+        lan.join(&netns, "eth0", 2);
+        let pod = place.living_with("wide", &["--cpus", "2", "--netns", &netns.path()]);
+        let queues = pod.exec(&["ls", "/sys/class/net/eth0/queues"]).ok().out;
+        let expected = if in_kernel { "rx-0\nrx-1\ntx-0\ntx-1\n" } else { "rx-0\ntx-0\n" };
+        assert_eq!(queues, expected);
+        let threads = vhost_threads(place.vmm_pid("wide"));
+        assert_eq!(threads.len(), if in_kernel { 2 } else { 0 });
+        let before: Vec<_> = threads.iter().map(|thread| ran(thread)).collect();
+        let mut server = serve(&pod);
+        // Each connection is one of a queue's by its addresses and ports.
+        for _ in 0..6 {
+            send_to(&lan.v4(2), 1 << 20);
+            client(&pod, &lan.v4(1), digest_one(&lan.v4(1)), 1 << 20);
+        }
+        let _ = server.kill();
+        let _ = server.wait();
+        for (thread, before) in threads.iter().zip(before) {
+            assert!(ran(thread) > before, "a queue carries nothing");
+        }
+        drop(pod);
+        place.assert_clean();
+    }
 }
 
 #[test]

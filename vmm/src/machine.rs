@@ -141,7 +141,8 @@ impl Opened {
 
 /// What a host need not have: without, the VMM moves the frames itself. That is only said to who debugs.
 fn open_vhost(config: &ValidConfig, memory: &GuestMemoryMmap) -> Vec<Vhost> {
-    let count = if config.vhost_net { config.net.len() } else { 0 };
+    let pairs = config.net.iter().map(|interface| 1 + interface.queue_fds.len());
+    let count = if config.vhost_net { pairs.sum() } else { 0 };
     Vhost::open(memory, count).unwrap_or_else(|error| {
         if config.console {
             report::warn("Network without vhost-net", &error);
@@ -159,8 +160,9 @@ impl Machine {
     /// [`MachineError`]: a file that cannot be used, or what the host lacks.
     pub fn start(config: &ValidConfig, opened: Opened, inherited: Inherited) -> Result<Self, MachineError> {
         let Inherited { lifeline, mut interfaces } = inherited;
-        for (interface, vhost) in interfaces.iter_mut().zip(opened.vhost) {
-            interface.set_vhost(vhost);
+        let mut vhost = opened.vhost.into_iter();
+        for interface in &mut interfaces {
+            interface.set_vhost(&mut vhost);
         }
         let memory = opened.memory;
         let vm = Vm::new(&opened.kvm, &memory).map_err(MachineError::Kvm)?;

@@ -275,6 +275,20 @@ pub fn set_tap_offloads(tap: BorrowedFd<'_>, offloads: u32) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Has an interface of several queues (`IFF_MULTI_QUEUE`) use that of this descriptor, or do without.
+///
+/// # Errors
+/// What TUNSETQUEUE says: the descriptor is no tap's, or is what it is to become.
+pub fn set_tap_queue(tap: BorrowedFd<'_>, used: bool) -> io::Result<()> {
+    let flags = if used { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
+    let ifru_flags = libc::c_short::try_from(flags).map_err(io::Error::other)?;
+    let request =
+        libc::ifreq { ifr_name: [0; libc::IFNAMSIZ], ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags } };
+    // SAFETY: TUNSETQUEUE reads one `ifreq`, which the pointer is to.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETQUEUE, &raw const request) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Attaches an open `/dev/net/tun` to the interface `name`, which is made for it.
 #[cfg(test)]
 pub(crate) fn attach_tap(tun: &File, name: &str, flags: i32) -> io::Result<()> {
@@ -436,5 +450,6 @@ mod tests {
         assert!(tap_flags(null.as_fd()).is_err());
         assert!(set_tap_header_size(null.as_fd(), 12).is_err());
         assert!(set_tap_offloads(null.as_fd(), 0).is_err());
+        assert!(set_tap_queue(null.as_fd(), true).is_err());
     }
 }

@@ -76,35 +76,39 @@ pub struct Network {
 }
 
 /// One interface of the VM.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct VmInterface<'a> {
-    /// For the VMM to inherit.
-    pub tap: BorrowedFd<'a>,
+    /// For the VMM to inherit: the tap, once for each of its queues.
+    pub taps: Vec<BorrowedFd<'a>>,
     pub mac: [u8; 6],
     pub mtu: u32,
 }
 
 impl From<&VmInterface<'_>> for Interface {
-    fn from(VmInterface { tap, mac, mtu }: &VmInterface<'_>) -> Self {
+    fn from(VmInterface { taps, mac, mtu }: &VmInterface<'_>) -> Self {
         let mac: Vec<_> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
-        Self { tap_fd: tap.as_raw_fd(), mac: mac.join(":"), mtu: *mtu }
+        let mut fds = taps.iter().map(AsRawFd::as_raw_fd);
+        Self { tap_fd: fds.next().unwrap_or(-1), queue_fds: fds.collect(), mac: mac.join(":"), mtu: *mtu }
     }
 }
 
 impl Network {
     /// Takes over the interfaces in the namespace that `netns` is a file of. There may be none but the loopback one: the
-    /// pod then has no network. The caller's own namespace stays what it is.
+    /// pod then has no network. Each gets so many `queues` in each direction. The caller's own namespace stays what it is.
     ///
     /// # Errors
     /// [`NetworkError`]: nothing of what was begun then stays.
-    pub fn attach(netns: &Path) -> Result<Self, NetworkError> {
-        inside(netns, |_| Self::take_over())?
+    pub fn attach(netns: &Path, queues: usize) -> Result<Self, NetworkError> {
+        inside(netns, |_| Self::take_over(queues))?
     }
 
     /// What the VM is to have, in the order of [`NetworkSpec::interfaces`].
     pub fn interfaces(&self) -> impl Iterator<Item = VmInterface<'_>> {
         let both = self.taps.iter().zip(&self.guest.interfaces);
-        both.map(|(tap, interface)| VmInterface { tap: tap.fd(), mac: interface.mac, mtu: interface.mtu })
+        both.map(|(tap, interface)| {
+            let taps = tap.fds().collect();
+            VmInterface { taps, mac: interface.mac, mtu: interface.mtu }
+        })
     }
 
     /// What the guest is to be told.
@@ -113,14 +117,14 @@ impl Network {
         &self.guest
     }
 
-    fn take_over() -> Result<Self, NetworkError> {
+    fn take_over(queues: usize) -> Result<Self, NetworkError> {
         let failed = |doing: String| |source| NetworkError::Netlink { doing, source };
         let mut netlink = Netlink::open().map_err(failed("open a netlink socket".into()))?;
         let (links, guest) = read::read(&mut netlink, has_ipv6)?;
         // Undone by its drop, as far as it came.
         let mut network = Self { netlink, redirects: Vec::new(), taps: Vec::new(), guest };
         for Link { index, interface } in links {
-            let tap = Tap::make(&mut network.netlink, interface.mtu)?;
+            let tap = Tap::make(&mut network.netlink, interface.mtu, queues)?;
             // The interface's own direction last: from then on the host's stack gets nothing more from it.
             for (from, to) in [(tap.index, index), (index, tap.index)] {
                 let doing = format!(
@@ -190,7 +194,7 @@ mod tests {
     #[test]
     fn paths_that_are_no_namespace_are_named() {
         for path in ["/no/such/netns", "/proc/self/ns/mnt", "/etc/passwd", "/"] {
-            let error = Network::attach(Path::new(path)).unwrap_err();
+            let error = Network::attach(Path::new(path), 1).unwrap_err();
             assert!(matches!(&error, NetworkError::Namespace { .. }), "{error:?}");
             assert!(error.to_string().contains(path), "{error}");
         }

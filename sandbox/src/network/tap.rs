@@ -22,14 +22,15 @@ const DEVICE: &str = "/dev/net/tun";
 
 #[derive(Debug)]
 pub(super) struct Tap {
-    fd: OwnedFd,
+    /// One for each of its queues.
+    fds: Vec<OwnedFd>,
     pub(super) index: u32,
 }
 
 impl Tap {
-    /// Makes one in the calling thread's network namespace, which is also `netlink`'s, and brings it up.
-    pub(super) fn make(netlink: &mut Netlink, mtu: u32) -> Result<Self, NetworkError> {
-        let (fd, name) = open().map_err(NetworkError::Tap)?;
+    /// Makes one with so many queues in the calling thread's network namespace, which is also `netlink`'s, and brings it up.
+    pub(super) fn make(netlink: &mut Netlink, mtu: u32, queues: usize) -> Result<Self, NetworkError> {
+        let (fds, name) = open(queues).map_err(NetworkError::Tap)?;
         // Else the host would have an address on it, and send into it what nobody asked for.
         match fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1") {
             // A kernel without IPv6.
@@ -45,16 +46,22 @@ impl Tap {
         netlink.request(RouteNetlinkMessage::SetLink(message), 0).map_err(|source| {
             NetworkError::Netlink { doing: format!("set up the tap {name} with MTU {mtu}"), source }
         })?;
-        Ok(Self { fd, index })
+        Ok(Self { fds, index })
     }
 
-    pub(super) fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+    pub(super) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.fds.iter().map(AsFd::as_fd)
     }
 }
 
-fn open() -> io::Result<(OwnedFd, String)> {
-    let device = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(DEVICE)?;
-    let name = sys::attach_tun(device.as_fd(), &format!("{PREFIX}%d"), FLAGS)?;
-    Ok((device.into(), name))
+fn open(queues: usize) -> io::Result<(Vec<OwnedFd>, String)> {
+    let flags = if queues > 1 { FLAGS | libc::IFF_MULTI_QUEUE } else { FLAGS };
+    let (mut fds, mut name) = (Vec::with_capacity(queues), format!("{PREFIX}%d"));
+    for _ in 0..queues.max(1) {
+        let device = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(DEVICE)?;
+        // The first makes the interface, the others are queues of it.
+        name = sys::attach_tun(device.as_fd(), &name, flags)?;
+        fds.push(device.into());
+    }
+    Ok((fds, name))
 }

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 
 /// More interfaces are refused: a pod has one, few have a second, and each has a thread and a slot of its own.
 pub const MAX_INTERFACES: usize = 4;
+/// Pairs of queues of an interface: each has a thread of the host's kernel, and buffers of the guest.
+pub const MAX_PAIRS: usize = 4;
 
 /// One network interface as described by a user or a caller.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,6 +17,10 @@ pub const MAX_INTERFACES: usize = 4;
 pub struct Interface {
     /// An inherited descriptor of a tap, opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
     pub tap_fd: RawFd,
+    /// Further descriptors of the same tap, opened with `IFF_MULTI_QUEUE`, too: one for each pair of queues that the guest
+    /// may have beyond the first. They are used with vhost-net only.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub queue_fds: Vec<RawFd>,
     /// Six pairs of hexadecimal digits with colons between them.
     pub mac: String,
     #[serde(default = "default_mtu")]
@@ -26,9 +32,10 @@ fn default_mtu() -> u32 {
 }
 
 /// An [`Interface`] that a device can be made for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ValidInterface {
     pub tap_fd: RawFd,
+    pub queue_fds: Vec<RawFd>,
     pub mac: Mac,
     pub mtu: Mtu,
 }
@@ -38,6 +45,8 @@ pub struct ValidInterface {
 pub enum InterfaceError {
     #[error("{0} network interfaces are too many: give at most {MAX_INTERFACES}")]
     TooMany(usize),
+    #[error("{0} pairs of queues are too many for an interface: give at most {MAX_PAIRS}")]
+    TooManyQueues(usize),
     #[error("tap_fd {0} cannot be an inherited descriptor: 0 to 2 are the standard streams")]
     Descriptor(RawFd),
     #[error("Descriptor {0} is given twice")]
@@ -124,15 +133,21 @@ pub fn validate(
     }
     let mut taken: Vec<RawFd> = taken.into_iter().collect();
     let mut valid = Vec::with_capacity(interfaces.len());
-    for Interface { tap_fd, mac, mtu } in interfaces {
-        if *tap_fd < 3 {
-            return Err(InterfaceError::Descriptor(*tap_fd));
+    for Interface { tap_fd, queue_fds, mac, mtu } in interfaces {
+        if queue_fds.len() >= MAX_PAIRS {
+            return Err(InterfaceError::TooManyQueues(queue_fds.len() + 1));
         }
-        if taken.contains(tap_fd) {
-            return Err(InterfaceError::DescriptorTwice(*tap_fd));
+        for fd in [tap_fd].into_iter().chain(queue_fds) {
+            if *fd < 3 {
+                return Err(InterfaceError::Descriptor(*fd));
+            }
+            if taken.contains(fd) {
+                return Err(InterfaceError::DescriptorTwice(*fd));
+            }
+            taken.push(*fd);
         }
-        taken.push(*tap_fd);
-        valid.push(ValidInterface { tap_fd: *tap_fd, mac: mac.parse()?, mtu: Mtu::new(*mtu)? });
+        let (mac, mtu) = (mac.parse()?, Mtu::new(*mtu)?);
+        valid.push(ValidInterface { tap_fd: *tap_fd, queue_fds: queue_fds.clone(), mac, mtu });
     }
     Ok(valid)
 }
@@ -142,7 +157,7 @@ mod tests {
     use super::*;
 
     fn interface(tap_fd: RawFd) -> Interface {
-        Interface { tap_fd, mac: "02:00:00:00:00:01".into(), mtu: 1500 }
+        Interface { tap_fd, queue_fds: Vec::new(), mac: "02:00:00:00:00:01".into(), mtu: 1500 }
     }
 
     #[test]
@@ -175,6 +190,16 @@ mod tests {
         }
         assert_eq!(Mtu::new(68).unwrap().get(), 68);
         assert_eq!(Mtu::new(65_521).unwrap().get(), 65_521);
+    }
+
+    #[test]
+    fn queues_are_inherited_too_and_few() {
+        let with = |queue_fds: &[RawFd]| Interface { queue_fds: queue_fds.into(), ..interface(5) };
+        assert_eq!(validate(&[with(&[6, 7, 8])], []).unwrap()[0].queue_fds, [6, 7, 8]);
+        assert!(matches!(validate(&[with(&[6, 7, 8, 9])], []), Err(InterfaceError::TooManyQueues(5))));
+        assert!(matches!(validate(&[with(&[5])], []), Err(InterfaceError::DescriptorTwice(5))));
+        assert!(matches!(validate(&[with(&[6]), interface(6)], []), Err(InterfaceError::DescriptorTwice(6))));
+        assert!(matches!(validate(&[with(&[1])], []), Err(InterfaceError::Descriptor(1))));
     }
 
     #[test]

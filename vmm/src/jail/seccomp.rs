@@ -225,6 +225,7 @@ const VHOST: &[Call] = &[
     when(libc::SYS_ioctl, 1, Is(VHOST_SET_VRING_CALL)),
     when(libc::SYS_ioctl, 1, Is(VHOST_SET_VRING_ERR)),
     when(libc::SYS_ioctl, 1, Is(VHOST_NET_SET_BACKEND)),
+    when(libc::SYS_ioctl, 1, Is(libc::TUNSETQUEUE)),
 ];
 
 /// What fuse-backend-rs serves requests with. It changes to the user and group of a request, and drops CAP_FSETID for some.

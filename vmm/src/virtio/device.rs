@@ -32,6 +32,11 @@ pub trait Device: Send {
     /// Largest size of each queue; their number is the number of queues.
     fn queue_sizes(&self) -> &[u16];
 
+    /// How many of its queues a driver has that has accepted these features: it need not set up more.
+    fn queues_with(&self, _features: u64) -> usize {
+        self.queue_sizes().len()
+    }
+
     /// Whether the worker waits for kicks of `queue`. Where it does not, the kernel is not asked to catch them.
     fn hears(&self, _queue: u32) -> bool {
         true
@@ -90,7 +95,7 @@ pub struct Activation {
     pub memory: GuestMemoryMmap,
     /// Features the driver accepted: a subset of those offered.
     pub features: u64,
-    /// One for each of [`Device::queue_sizes`], all ready.
+    /// The first of [`Device::queue_sizes`], as many as [`Device::queues_with`] says, all ready.
     pub queues: Vec<LiveQueue>,
     pub interrupt: Interrupt,
 }

@@ -241,8 +241,9 @@ impl<H: WorkerHost> MmioTransport<H> {
 
     fn start(&mut self) -> Result<Box<dyn Running>, DeviceError> {
         let event_idx = self.features >> VIRTIO_RING_F_EVENT_IDX & 1 == 1;
-        let mut queues = Vec::with_capacity(self.queues.len());
-        for (config, kick) in self.queues.iter().zip(&self.kicks) {
+        let count = self.device.queues_with(self.features);
+        let mut queues = Vec::with_capacity(count);
+        for (config, kick) in self.queues.iter().zip(&self.kicks).take(count) {
             let kick = kick.try_clone().map_err(DeviceError::Host)?;
             let mut queue = config.activate(&self.memory, kick, self.interrupt.clone())?;
             queue.set_event_idx(event_idx);

@@ -7,8 +7,10 @@
 //!
 //! [`Net`] is the device at rest: a tap, an address and an MTU. At work it is `worker`, in user space, as above; or
 //! [`vhost`], with the host's kernel in the middle. The device makes no interface, sets no
-//! address and filters nothing: the tap's owner does. There is one pair of queues and no control queue.
+//! address and filters nothing: the tap's owner does. There is one pair of queues; over vhost there may be more, and then a
+//! [`control`] queue.
 
+mod control;
 mod header;
 mod receive;
 mod tap;
@@ -24,9 +26,9 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
 
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
-    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
-    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 
 use self::header::Offloads;
@@ -43,11 +45,12 @@ use crate::sys;
 /// Receive and transmit. Linux lends buffers of 1.5 KiB, and a frame to be segmented takes up to 43 of them: 256 hold
 /// some of these under way, for 384 KiB of the guest's memory.
 const QUEUE_SIZES: [u16; 2] = [256, 256];
+const CONTROL_SIZE: u16 = 16;
 
-/// `struct virtio_net_config` up to the MTU. `max_virtqueue_pairs`, before that, is 0: it means nothing without
-/// `VIRTIO_NET_F_MQ`.
+/// `struct virtio_net_config` up to the MTU.
 const CONFIG_SIZE: usize = 12;
 const STATUS_AT: usize = 6;
+const PAIRS_AT: usize = 8;
 const MTU_AT: usize = 10;
 
 /// No UFO: the kernel emulates it, slowly. No ECN: it would spare a rare segment.
@@ -64,6 +67,9 @@ const FEATURES: [u32; 10] = [
     VIRTIO_NET_F_STATUS,
 ];
 
+/// Offered where there are several pairs.
+const MULTI_QUEUE: [u32; 2] = [VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_VQ];
+
 /// Why a device cannot be made from what was inherited.
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {
@@ -77,7 +83,11 @@ pub enum NetError {
 #[derive(Debug)]
 pub struct Net {
     tap: Arc<Tap>,
-    vhost: Option<Arc<Vhost>>,
+    /// The tap's further queues, not used but over vhost.
+    more: Vec<Arc<Tap>>,
+    /// One for each pair of queues.
+    vhost: Vec<Arc<Vhost>>,
+    queue_sizes: Vec<u16>,
     config: [u8; CONFIG_SIZE],
     mtu: Mtu,
 }
@@ -90,9 +100,14 @@ impl Net {
     /// A number that is not open, or not of a tap as the owner has to open it.
     pub fn inherit(interfaces: &[ValidInterface]) -> Result<Vec<Self>, NetError> {
         let inherit = |interface: &ValidInterface| {
-            let ValidInterface { tap_fd, mac, mtu } = *interface;
-            let fd = sys::adopt(tap_fd).map_err(|error| NetError::NotInherited(tap_fd, error))?;
-            Self::over_tap(fd, mac, mtu).map_err(|error| NetError::Tap(tap_fd, error))
+            let ValidInterface { tap_fd, queue_fds, mac, mtu } = interface;
+            let adopt = |fd: RawFd| sys::adopt(fd).map_err(|error| NetError::NotInherited(fd, error));
+            let mut net =
+                Self::over_tap(adopt(*tap_fd)?, *mac, *mtu).map_err(|error| NetError::Tap(*tap_fd, error))?;
+            for fd in queue_fds {
+                net.add_queue(adopt(*fd)?).map_err(|error| NetError::Tap(*fd, error))?;
+            }
+            Ok(net)
         };
         interfaces.iter().map(inherit).collect()
     }
@@ -122,12 +137,39 @@ impl Net {
         let status = VIRTIO_NET_S_LINK_UP as u16;
         config[STATUS_AT..STATUS_AT + 2].copy_from_slice(&status.to_le_bytes());
         config[MTU_AT..].copy_from_slice(&mtu.get().to_le_bytes());
-        Self { tap: Arc::new(tap), vhost: None, config, mtu }
+        let (tap, queue_sizes) = (Arc::new(tap), QUEUE_SIZES.to_vec());
+        Self { tap, more: Vec::new(), vhost: Vec::new(), queue_sizes, config, mtu }
     }
 
-    /// Has the host's kernel move the frames, of the guest whose memory `vhost` was opened for. Not over a socket.
-    pub fn set_vhost(&mut self, vhost: Vhost) {
-        self.vhost = Some(Arc::new(vhost));
+    /// Adds another descriptor of the device's tap, opened with `IFF_MULTI_QUEUE`, for a pair of queues. The tap does without
+    /// it until a driver asks for the pair.
+    ///
+    /// # Errors
+    /// It is no such tap.
+    pub fn add_queue(&mut self, fd: OwnedFd) -> Result<(), TapError> {
+        let tap = Tap::attached(fd)?;
+        tap.set_used(false).map_err(TapError::Setup)?;
+        self.more.push(Arc::new(tap));
+        Ok(())
+    }
+
+    /// Pairs of queues that the device could have.
+    #[must_use]
+    pub fn pairs(&self) -> usize {
+        1 + self.more.len()
+    }
+
+    /// Has the host's kernel move the frames, of the guest whose memory `vhost` was opened for: each of it those of a pair of
+    /// queues. Not over a socket.
+    pub fn set_vhost(&mut self, vhost: impl IntoIterator<Item = Vhost>) {
+        self.vhost = vhost.into_iter().take(self.pairs()).map(Arc::new).collect();
+        let pairs = self.vhost.len();
+        self.queue_sizes = QUEUE_SIZES.repeat(pairs.max(1));
+        if pairs > 1 {
+            self.queue_sizes.push(CONTROL_SIZE);
+            let pairs = u16::try_from(pairs).unwrap_or(u16::MAX);
+            self.config[PAIRS_AT..PAIRS_AT + 2].copy_from_slice(&pairs.to_le_bytes());
+        }
     }
 
     fn start(&self, offloads: Offloads, activation: Activation) -> Result<NetWorker, DeviceError> {
@@ -147,11 +189,21 @@ impl Device for Net {
     }
 
     fn features(&self) -> u64 {
-        FEATURES.into_iter().fold(0, |features, bit| features | 1 << bit)
+        let more: &[u32] = if self.vhost.len() > 1 { &MULTI_QUEUE } else { &[] };
+        FEATURES.iter().chain(more).fold(0, |features, bit| features | 1 << bit)
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        &self.queue_sizes
+    }
+
+    /// The control queue is the last one: behind all pairs, or behind the only one (virtio 1.2, 5.1.2).
+    fn queues_with(&self, features: u64) -> usize {
+        match MULTI_QUEUE.map(|bit| features >> bit & 1 == 1) {
+            [true, _] => self.queue_sizes.len(),
+            [false, true] => QUEUE_SIZES.len() + 1,
+            [false, false] => QUEUE_SIZES.len(),
+        }
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -165,15 +217,17 @@ impl Device for Net {
     /// would hold up its own streams and control, and they it. An idle interface costs a thread that sleeps; over vhost
     /// that is the one that may deal with it.
     fn placement(&self) -> Placement {
-        Placement::OwnThread(if self.vhost.is_some() { Kind::VhostNetwork } else { Kind::Network })
+        Placement::OwnThread(if self.vhost.is_empty() { Kind::Network } else { Kind::VhostNetwork })
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn Worker>, DeviceError> {
         let offloads = Offloads::of_guest(activation.features);
         self.tap.set_offloads(offloads).map_err(DeviceError::Host)?;
-        Ok(match &self.vhost {
-            Some(vhost) => Box::new(VhostWorker::new(Arc::clone(vhost), Arc::clone(&self.tap), activation)?),
-            None => Box::new(self.start(offloads, activation)?),
-        })
+        if self.vhost.is_empty() {
+            return Ok(Box::new(self.start(offloads, activation)?));
+        }
+        let taps = std::iter::once(&self.tap).chain(&self.more).cloned();
+        let pairs = self.vhost.iter().cloned().zip(taps).collect();
+        Ok(Box::new(VhostWorker::new(pairs, activation)?))
     }
 }

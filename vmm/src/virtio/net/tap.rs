@@ -81,6 +81,11 @@ impl Tap {
         sys::set_tap_offloads(self.fd.as_fd(), bits)
     }
 
+    /// Has the interface use this one of its queues, or do without.
+    pub(super) fn set_used(&self, used: bool) -> io::Result<()> {
+        sys::set_tap_queue(self.fd.as_fd(), used)
+    }
+
     /// For a kernel that moves the frames itself.
     pub(super) fn file(&self) -> &File {
         &self.fd

@@ -22,11 +22,13 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::control;
 use super::tap::Tap;
 use crate::virtio::device::{Activation, DeviceError, Worker};
-use crate::virtio::queue::{LiveQueue, QueueConfig};
+use crate::virtio::queue::LiveQueue;
 
 /// What vhost has to know of what the device offers: the form of the rings and of the header. Offloads are the tap's.
 const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_NET_F_MRG_RXBUF;
@@ -42,7 +44,7 @@ pub enum VhostError {
     Lacks(u64),
 }
 
-/// An open `/dev/vhost-net`, for one interface.
+/// An open `/dev/vhost-net`, for one pair of queues.
 pub struct Vhost {
     net: KernelNet<Arc<GuestMemoryMmap>>,
     /// It knows whose memory to move frames in, which holds until it is closed.
@@ -50,7 +52,7 @@ pub struct Vhost {
 }
 
 impl Vhost {
-    /// One for each of `count` interfaces of the guest with this memory.
+    /// One for each of `count` pairs of queues of the guest with this memory.
     ///
     /// # Errors
     /// [`VhostError`]; nothing of the VM depends on it.
@@ -85,12 +87,17 @@ impl Vhost {
     }
 }
 
+/// One pair of queues: who moves its frames, and where from and to.
+type Pair = (Arc<Vhost>, Arc<Tap>);
+
 /// vhost between activation and reset.
 pub(super) struct VhostWorker {
-    vhost: Arc<Vhost>,
-    tap: Arc<Tap>,
+    /// Those that the driver has queues for.
+    pairs: Vec<Pair>,
     features: u64,
+    /// Two for each pair.
     queues: Vec<LiveQueue>,
+    control: Option<Control>,
     /// The device's interrupt.
     call: EventFd,
     /// Readable when vhost is to be started, and then when it tells of an error.
@@ -98,31 +105,76 @@ pub(super) struct VhostWorker {
     started: bool,
 }
 
+/// The control queue.
+struct Control {
+    queue: LiveQueue,
+    /// Readable when there is a command, or the worker's event.
+    epoll: Epoll,
+    /// Pairs that are used.
+    used: usize,
+}
+
+impl Control {
+    fn new(queue: LiveQueue, event: &EventFd) -> io::Result<Self> {
+        let epoll = Epoll::new()?;
+        for fd in [queue.kick_fd(), event.as_raw_fd()] {
+            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0))?;
+        }
+        Ok(Self { queue, epoll, used: 1 })
+    }
+
+    fn serve(&mut self, pairs: &[Pair]) -> Result<(), DeviceError> {
+        let used = &mut self.used;
+        control::serve(&mut self.queue, pairs.len(), |count| {
+            // One after the other: where one fails, those before it are as they were asked for.
+            while *used < count {
+                pairs[*used].1.set_used(true)?;
+                *used += 1;
+            }
+            while *used > count {
+                pairs[*used - 1].1.set_used(false)?;
+                *used -= 1;
+            }
+            Ok(())
+        })
+    }
+}
+
 impl VhostWorker {
     /// Takes what it needs; the start is [`run`](Worker::run)'s, on the thread that may do it.
-    pub(super) fn new(vhost: Arc<Vhost>, tap: Arc<Tap>, activation: Activation) -> Result<Self, DeviceError> {
+    pub(super) fn new(mut pairs: Vec<Pair>, activation: Activation) -> Result<Self, DeviceError> {
         let event = EventFd::new(EFD_NONBLOCK).map_err(DeviceError::Host)?;
         event.write(1).map_err(DeviceError::Host)?;
         let call = activation.interrupt.lend().map_err(DeviceError::Host)?;
         let features = activation.features & FEATURES;
-        Ok(Self { vhost, tap, features, queues: activation.queues, call, event, started: false })
+        let mut queues = activation.queues;
+        let control = if queues.len() % 2 == 1 { queues.pop() } else { None };
+        let control = control.map(|queue| Control::new(queue, &event));
+        let control = control.transpose().map_err(DeviceError::Host)?;
+        pairs.truncate(queues.len() / 2);
+        Ok(Self { pairs, features, queues, control, call, event, started: false })
     }
 
     fn start(&self) -> Result<(), DeviceError> {
-        self.vhost.own().map_err(failed)?;
-        self.vhost.net.set_features(self.features).map_err(failed)?;
-        for (index, queue) in self.queues.iter().enumerate() {
-            self.set_queue(index, queue.kick(), queue.config()?).map_err(failed)?;
+        for ((vhost, _), queues) in self.pairs.iter().zip(self.queues.chunks(2)) {
+            vhost.own().map_err(failed)?;
+            vhost.net.set_features(self.features).map_err(failed)?;
+            for (index, queue) in queues.iter().enumerate() {
+                self.set_queue(vhost, index, queue).map_err(failed)?;
+            }
         }
         // All queues first: from here on the guest is served.
-        for index in 0..self.queues.len() {
-            self.vhost.net.set_backend(index, Some(self.tap.file())).map_err(failed)?;
+        for (vhost, tap) in &self.pairs {
+            for index in 0..2 {
+                vhost.net.set_backend(index, Some(tap.file())).map_err(failed)?;
+            }
         }
         Ok(())
     }
 
-    fn set_queue(&self, index: usize, kick: &EventFd, config: QueueConfig) -> Result<(), vhost::Error> {
-        let net = &self.vhost.net;
+    fn set_queue(&self, vhost: &Vhost, index: usize, queue: &LiveQueue) -> Result<(), vhost::Error> {
+        let net = &vhost.net;
+        let config = queue.config().map_err(|error| vhost::Error::IOError(io::Error::other(error)))?;
         let rings = VringConfigData {
             queue_max_size: config.max_size,
             queue_size: config.size,
@@ -138,33 +190,42 @@ impl VhostWorker {
         net.set_vring_call(index, &self.call)?;
         net.set_vring_err(index, &self.event)?;
         // Heard if the driver has signalled it already: vhost looks when it begins to wait.
-        net.set_vring_kick(index, kick)
+        net.set_vring_kick(index, queue.kick())
     }
 }
 
 impl Worker for VhostWorker {
     fn fd(&self) -> RawFd {
-        self.event.as_raw_fd()
+        let own = self.event.as_raw_fd();
+        self.control.as_ref().map_or(own, |control| control.epoll.as_raw_fd())
     }
 
     fn run(&mut self) -> Result<(), DeviceError> {
         // Non-blocking: fails only if nothing was signalled.
-        let _ = self.event.read();
-        if std::mem::replace(&mut self.started, true) {
-            return Err(DeviceError::BadChain(
-                "the host's kernel (vhost-net) refuses a queue or a chain of it",
-            ));
+        if self.event.read().is_ok() {
+            if std::mem::replace(&mut self.started, true) {
+                return Err(DeviceError::BadChain(
+                    "the host's kernel (vhost-net) refuses a queue or a chain of it",
+                ));
+            }
+            self.start()?;
         }
-        self.start()
+        self.control.as_mut().map_or(Ok(()), |control| control.serve(&self.pairs))
     }
 }
 
 impl Drop for VhostWorker {
     /// Waits until vhost has left the guest's memory alone.
     fn drop(&mut self) {
-        for index in 0..self.queues.len() {
-            // Fails only where there is none, or no owner yet.
-            let _ = self.vhost.net.set_backend(index, None);
+        for (vhost, _) in &self.pairs {
+            for index in 0..2 {
+                // Fails only where there is none, or no owner yet.
+                let _ = vhost.net.set_backend(index, None);
+            }
+        }
+        let used = self.control.as_ref().map_or(1, |control| control.used);
+        for (_, tap) in self.pairs.iter().take(used).skip(1) {
+            let _ = tap.set_used(false);
         }
     }
 }

@@ -148,7 +148,8 @@ fn other_descriptors_than_taps_as_they_have_to_be_are_refused() {
 
 #[test]
 fn numbers_that_were_not_inherited_are_refused() {
-    let interface = ValidInterface { tap_fd: 100_000, mac: mac(), mtu: Mtu::new(1500).unwrap() };
+    let interface =
+        ValidInterface { tap_fd: 100_000, queue_fds: Vec::new(), mac: mac(), mtu: Mtu::new(1500).unwrap() };
     assert!(matches!(Net::inherit(&[interface]), Err(NetError::NotInherited(100_000, _))));
     assert_eq!(Net::inherit(&[]).unwrap().len(), 0);
 }

@@ -23,9 +23,9 @@ fn guest(features: u64) -> Option<Guest> {
             println!("SKIP: {error}");
             None
         }
-        Ok(mut vhost) => {
+        Ok(vhost) => {
             let mut device = device();
-            device.set_vhost(vhost.pop().unwrap());
+            device.set_vhost(vhost);
             assert_eq!(device.placement(), Placement::OwnThread(Kind::VhostNetwork));
             Some(lending(Guest::in_memory(memory, device, features | MODERN)))
         }
