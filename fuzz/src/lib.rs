@@ -17,6 +17,8 @@ use krx_sandbox::bundle::{self, PodNamespaces};
 use krx_sandbox::settings::annotations::Annotation;
 use krx_sandbox::settings::{Settings, size};
 use krx_shim::config_json::{ConfigJson, Role};
+use krx_shim::http::{self, Head, MAX_HEAD, Taken};
+use krx_shim::log_uri::LogUri;
 use krx_shim::pod_config::PodSandboxConfig;
 use krx_vmm::arch::x86_64::kernel;
 use krx_vmm::config::Config;
@@ -35,7 +37,7 @@ use crate::input::Input;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 13] = [
+pub const TARGETS: [Target; 15] = [
     ("mmio_rng", mmio_rng),
     ("mmio_vsock", mmio_vsock),
     ("mmio_fs", mmio_fs),
@@ -49,6 +51,8 @@ pub const TARGETS: [Target; 13] = [
     ("annotations", annotations),
     ("shim_config", shim_config),
     ("pod_sandbox_config", pod_sandbox_config),
+    ("log_uri", log_uri),
+    ("timings_request", timings_request),
 ];
 
 thread_local! {
@@ -193,6 +197,39 @@ pub fn pod_sandbox_config(data: &[u8]) {
         let sysctls: usize = config.sysctls.iter().map(|(name, value)| name.len() + value.len()).sum();
         assert!(read + sysctls <= data.len(), "no more than was given");
     }
+}
+
+/// Where containerd's clients want output to go.
+pub fn log_uri(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    match LogUri::parse(&text) {
+        Ok(Some(LogUri::File(path) | LogUri::Program { path, .. })) => {
+            // Nothing that the system would read otherwise: a relative path, or one that ends at a zero byte.
+            assert!(path.is_absolute() && !path.as_os_str().as_encoded_bytes().contains(&0));
+        }
+        Ok(None) => assert!(!text.contains("://")),
+        Err(error) => assert!(error.to_string().len() < 1024, "{error}"),
+    }
+}
+
+/// What a client of the timings' socket says, in parts as large as the first byte tells.
+pub fn timings_request(data: &[u8]) {
+    let Some((size, request)) = data.split_first() else { return };
+    let mut head = Head::default();
+    let mut parts = request.chunks(usize::from(*size) + 1);
+    let taken = loop {
+        match head.add(parts.next().unwrap_or_default()) {
+            Taken::More => {}
+            taken => break taken,
+        }
+    };
+    let whole = if let Taken::Whole(head) = taken { Some(head) } else { None };
+    // Each byte that is no UTF-8 has become three.
+    assert!(whole.as_ref().is_none_or(|head| head.len() <= 3 * MAX_HEAD));
+    let answer = http::answer(whole.as_deref(), || "x 1\n".into());
+    let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+    assert!(head.contains(&format!("\r\nContent-Length: {}\r\n", body.len())), "{answer}");
+    assert_eq!(head.starts_with("HTTP/1.0 200 OK\r\n"), body == "x 1\n", "{answer}");
 }
 
 fn memory() -> GuestMemoryMmap {

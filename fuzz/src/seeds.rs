@@ -45,6 +45,19 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
         ]),
         "shim_config" => texts(&[BUNDLE, CONFINED, MEMBER]),
         "pod_sandbox_config" => vec![pod_sandbox_config(), Vec::new()],
+        "log_uri" => texts(&[
+            "/run/containerd/fifo/1/c-stdout",
+            "file:///var/log/c%20d.log?truncate=1#end",
+            "binary:///usr/bin/logger?tag=a+b&-f=%2fx&tag=again&=",
+            "binary:///bin/sh?-c=%zz",
+            "npipe://./pipe/x",
+        ]),
+        "timings_request" => texts(&[
+            "\u{7f}GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            "\0GET /metrics?a=b HTTP/1.0\r\n\r\nmore",
+            "\u{7f}PUT / HTTP/1.0\r\n\r\n",
+            "\u{10}GET  /metrics HTTP/1.0\n\n",
+        ]),
         other => panic!("no target {other}"),
     }
 }

@@ -106,5 +106,7 @@ targets!(
     settings,
     annotations,
     shim_config,
-    pod_sandbox_config
+    pod_sandbox_config,
+    log_uri,
+    timings_request
 );

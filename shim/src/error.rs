@@ -16,7 +16,7 @@ const MAX_MESSAGE: usize = 4096;
 
 /// Why a request failed.
 #[derive(Debug)]
-pub(crate) struct ShimError {
+pub struct ShimError {
     code: Code,
     message: String,
 }

@@ -5,7 +5,7 @@
 //! of `shim`; `make` makes a container and, for the first one, its `vm`; `tasks` and `process` know what there is and in
 //! which state; `io` copies streams; what happens unasked comes through `watch` and goes out as `events`.
 //!
-//! A library, so that what reads bytes of others can be fuzzed: `config_json` and `pod_config`; and the program, which is
+//! A library, so that what reads bytes of others can be fuzzed: `config_json`, `pod_config`, `log_uri` and `http`; and the program, which is
 //! [`main`].
 //!
 //! Knows containerd, and nothing of how a VM works: that is `krx_sandbox`'s.
@@ -18,8 +18,9 @@ mod delete;
 mod error;
 mod events;
 mod flags;
+pub mod http;
 mod io;
-mod log_uri;
+pub mod log_uri;
 mod logger;
 mod make;
 mod metrics;

@@ -11,7 +11,7 @@ const MAX: usize = 4096;
 
 /// Where output goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum LogUri {
+pub enum LogUri {
     /// Both streams are appended to a file.
     File(PathBuf),
     /// Both go to a program of their own, that is started for them.
@@ -20,7 +20,10 @@ pub(crate) enum LogUri {
 
 impl LogUri {
     /// `None` for what is no URI: the path of a FIFO.
-    pub(crate) fn parse(text: &str) -> Result<Option<Self>> {
+    ///
+    /// # Errors
+    /// It is a URI that nothing can be written to, or of a scheme that is not known.
+    pub fn parse(text: &str) -> Result<Option<Self>> {
         let Some((scheme, rest)) = text.split_once("://") else { return Ok(None) };
         if scheme != "file" && scheme != "binary" {
             return Err(ShimError::unimplemented(format!(

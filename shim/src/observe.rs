@@ -17,10 +17,10 @@ use tokio::sync::oneshot;
 use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
+use crate::http::{Head, Taken, answer};
 use crate::vm::Vm;
 
-/// Largest request, and longest that a client may take from its connection to the end of the answer.
-const MAX_REQUEST: usize = 8 << 10;
+/// Longest that a client may take from its connection to the end of the answer.
 const LIMIT: Duration = Duration::from_secs(5);
 /// For the answer to the first start to be on its way.
 const AFTER_ANSWER: Duration = Duration::from_millis(100);
@@ -139,39 +139,15 @@ async fn answer_all(listener: &UnixListener, text: impl Fn() -> String) {
 
 /// The head of a request; `None` for one that is too large, and for one that ends before its head does.
 async fn request(client: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<String>> {
-    let mut head = Vec::new();
-    let mut part = [0; 1024];
+    let (mut head, mut part) = (Head::default(), [0; 1024]);
     loop {
         let read = client.read(&mut part).await?;
-        head.extend_from_slice(&part[..read]);
-        if read == 0 || head.len() > MAX_REQUEST {
-            return Ok(None);
-        }
-        if head.windows(4).any(|end| end == b"\r\n\r\n") {
-            return Ok(Some(String::from_utf8_lossy(&head).into_owned()));
+        match head.add(&part[..read]) {
+            Taken::More => {}
+            Taken::Refused => return Ok(None),
+            Taken::Whole(head) => return Ok(Some(head)),
         }
     }
-}
-
-/// The answer to a request's first line; nothing else of it matters. HTTP/1.0 (RFC 1945): the connection ends with it.
-fn answer(request: Option<&str>, text: impl Fn() -> String) -> String {
-    let line = request.and_then(|request| request.lines().next()).unwrap_or_default();
-    let words: Vec<_> = line.split(' ').collect();
-    let (status, body) = match words[..] {
-        ["GET", path, version] if version.starts_with("HTTP/1.") => match path.split('?').next() {
-            Some("/metrics") => ("200 OK", text()),
-            _ => ("404 Not Found", "There is /metrics alone\n".into()),
-        },
-        [_, _, version] if version.starts_with("HTTP/1.") => {
-            ("405 Method Not Allowed\r\nAllow: GET", "There is GET alone\n".into())
-        }
-        _ => ("400 Bad Request", "That is no request of HTTP/1 with a head of at most 8 KiB\n".into()),
-    };
-    format!(
-        "HTTP/1.0 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\nContent-Length: {}\r\n\
-         Connection: close\r\n\r\n{body}",
-        body.len()
-    )
 }
 
 #[cfg(test)]
@@ -204,24 +180,6 @@ mod tests {
         assert!(starts.text("k8s.io", "p").contains("phase=\"start asked\"} 0.000000001\n"));
         starts.remove("a");
         assert_eq!(starts.text("", "").lines().count(), 2);
-    }
-
-    #[test]
-    fn only_the_one_request_has_figures() {
-        let status = |request: Option<&str>| {
-            let answer = answer(request, || "x 1\n".into());
-            assert!(answer.contains("\r\n\r\n"));
-            answer.split("\r\n").next().unwrap_or_default().to_string()
-        };
-        for line in ["GET /metrics HTTP/1.0", "GET /metrics?x=y HTTP/1.1"] {
-            assert_eq!(status(Some(&format!("{line}\r\nHost: x\r\n\r\n"))), "HTTP/1.0 200 OK");
-        }
-        assert_eq!(status(Some("GET / HTTP/1.1\r\n\r\n")), "HTTP/1.0 404 Not Found");
-        assert_eq!(status(Some("POST /metrics HTTP/1.1\r\n\r\n")), "HTTP/1.0 405 Method Not Allowed");
-        for odd in [None, Some(""), Some("\r\n\r\n"), Some("GET /metrics"), Some("GET  /metrics HTTP/1.0")] {
-            assert_eq!(status(odd), "HTTP/1.0 400 Bad Request");
-        }
-        assert!(answer(Some("GET /metrics HTTP/1.0\r\n\r\n"), || "x 1\n".into()).ends_with("\r\n\r\nx 1\n"));
     }
 
     #[tokio::test]
