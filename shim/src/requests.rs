@@ -7,6 +7,7 @@ use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
 use krx_proto::{Answer, ErrorKind, Request, Stats, TerminalSize};
 use krx_sandbox::agent::CallError;
 use krx_sandbox::bundle;
+use log::warn;
 use tokio::task::spawn_blocking;
 
 use crate::error::{Result, ShimError};
@@ -36,13 +37,41 @@ async fn call(vm: &Vm, request: Request) -> std::result::Result<Answer, CallErro
     called.unwrap_or(Err(CallError::Lost))
 }
 
+/// Sends a signal when the guest goes on, as to processes that a cgroup's freezer holds. containerd stops a container by
+/// one that it may take its time for, and kills it if that is over: a refusal would be the end of that.
+fn keep(task: &Arc<Task>, request: Request) {
+    let (mut paused, task) = (task.vm.until_awake(), Arc::downgrade(task));
+    tokio::spawn(async move {
+        let goes_on = paused.wait_for(|paused| !paused).await.is_ok();
+        if let Some(task) = task.upgrade().filter(|_| goes_on) {
+            let _ = call(&task.vm, request).await;
+        }
+    });
+}
+
 impl Shim {
+    /// Lets a pod go on whose VM stands still: a container is killed, and only a guest that runs can do that and forget it.
+    async fn wake(&self, vm: &Arc<Vm>) -> Result<()> {
+        let sandbox = self.tasks.all().into_iter().find(|task| task.container.is_none());
+        if let Some(sandbox) = sandbox.filter(|_| vm.is_paused()) {
+            warn!("pod {} is paused, and goes on: a container of it is killed", vm.sandbox);
+            // Who has resumed it meanwhile has done the same.
+            let resumed = self.pause(&sandbox.id, false).await;
+            return if vm.is_paused() { resumed } else { Ok(()) };
+        }
+        Ok(())
+    }
+
     /// Sends a signal to a process, or to all of a container.
     pub(crate) async fn kill(&self, id: &str, exec: &str, signal: u32, all: bool) -> Result<()> {
         let task = self.tasks.get(id)?;
         let process = task.process(exec)?;
         let signal =
             i32::try_from(signal).map_err(|_| ShimError::invalid(format!("{signal} is no signal")))?;
+        if signal == KILL && exec.is_empty() && task.container.is_some() {
+            // Also one that has ended: containerd cannot delete it before the guest goes on.
+            self.wake(&task.vm).await?;
+        }
         if process.has_exited() {
             return Err(ShimError::not_found(format!("The process of task {id} has ended")));
         }
@@ -54,13 +83,17 @@ impl Shim {
             }
             return Ok(());
         }
-        task.vm.awake()?;
         let request = Request::Signal {
             container: id.into(),
             process: exec.into(),
             signal,
             all: all && exec.is_empty(),
         };
+        if exec.is_empty() && task.vm.is_paused() {
+            keep(&task, request);
+            return Ok(());
+        }
+        task.vm.awake()?;
         match call(&task.vm, request).await {
             Err(CallError::Agent(error)) if error.kind == ErrorKind::WrongState => {
                 Err(ShimError::not_found(format!("The process of task {id} has ended")))

@@ -42,8 +42,8 @@ pub(crate) struct Vm {
     serial: AtomicU32,
     /// The signal by which containerd has ended the pod; 0 while it has not.
     ended_by: AtomicI32,
-    /// It stands still.
-    paused: AtomicBool,
+    /// Whether it stands still.
+    paused: watch::Sender<bool>,
     /// Somebody serves the timings of its starts.
     observed: AtomicBool,
     // Last: it can only be removed when the VMM is gone.
@@ -98,7 +98,7 @@ impl Vm {
             volumes,
             serial: AtomicU32::new(1),
             ended_by: AtomicI32::new(0),
-            paused: AtomicBool::new(false),
+            paused: watch::Sender::new(false),
             observed: AtomicBool::new(false),
             _cgroup: cgroup,
         })
@@ -129,17 +129,27 @@ impl Vm {
     pub(crate) fn pause(&self, paused: bool) -> Result<()> {
         // Noted a little longer than it stands still: no call is to be on its way then.
         if paused {
-            self.paused.store(true, Ordering::Relaxed);
+            self.paused.send_replace(true);
         }
         let vmm = self.pod.vmm();
         let done = if paused { vmm.pause() } else { vmm.resume() };
-        self.paused.store(paused == done.is_ok(), Ordering::Relaxed);
+        self.paused.send_replace(paused == done.is_ok());
         done.map_err(|error| ShimError::internal(chain(&error)))
+    }
+
+    /// Whether the guest stands still.
+    pub(crate) fn is_paused(&self) -> bool {
+        *self.paused.borrow() && !self.pod.vmm().has_ended()
+    }
+
+    /// What tells when the guest goes on; it holds no VM.
+    pub(crate) fn until_awake(&self) -> watch::Receiver<bool> {
+        self.paused.subscribe()
     }
 
     /// Refuses what a guest that stands still would never answer.
     pub(crate) fn awake(&self) -> Result<()> {
-        if !self.paused.load(Ordering::Relaxed) || self.pod.vmm().has_ended() {
+        if !self.is_paused() {
             return Ok(());
         }
         Err(ShimError::wrong_state(format!(

@@ -31,6 +31,7 @@ fn main() -> ExitCode {
         ("stop_of_a_pod_ends_its_containers", stop),
         ("an_exec_that_is_idle_lives_on", idle),
         ("a_pod_in_a_slice_of_systemd", slice),
+        ("a_paused_pod_is_stopped_and_removed", stop_paused),
         ("a_pod_on_the_hosts_network", host_network),
     ])
 }
@@ -219,6 +220,29 @@ fn slice(engine: &Engine) {
     assert!(!scope.exists(), "{} is left", scope.display());
     drop(pod);
     std::fs::remove_dir(&above).expect("nothing else is left in the slice");
+}
+
+/// With what it has in it, as a kubelet does that knows nothing of the pause.
+fn stop_paused(engine: &Engine) {
+    let pod = PodPlan::new(engine, "paused").run();
+    let first = pod.container("first", &["sleep", "600"]).start();
+    let second = pod.container("second", &["sleep", "600"]).start();
+    let pause = || engine.ctr_end(&["-n", "k8s.io", "tasks", "pause", &pod.id]).ok();
+    pause();
+    first.stop(2).expect("stop of a container");
+    assert_eq!(first.status().exit_code, 137);
+    first.remove().expect("remove of a container");
+    if engine.is_krx() {
+        assert_eq!(second.sh("echo on"), "on\n", "the pod goes on");
+        pause();
+    }
+    pod.stop().expect("stop");
+    assert_eq!(second.wait().exit_code, 137);
+    assert_ne!(pod.status().state, SANDBOX_READY);
+    pod.remove().expect("remove");
+    let cgroup = pod.cgroup();
+    drop(pod);
+    assert!(!cgroup.exists(), "something is left in {}", cgroup.display());
 }
 
 /// Of a VM the host's network is not to be had: krx refuses such a pod.

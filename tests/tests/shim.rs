@@ -15,7 +15,7 @@ use crate::shim_tests::{ends, events, logs, nonsense, observed, paused, races, r
 
 type Test = (&'static str, fn(&Player));
 
-const TESTS: [Test; 28] = [
+const TESTS: [Test; 29] = [
     ("both_ways_to_start_a_shim", ends::both_ways),
     ("the_sandbox_service_from_end_to_end", sandbox::end_to_end),
     ("the_sandbox_service_out_of_order", sandbox::out_of_order),
@@ -29,6 +29,7 @@ const TESTS: [Test; 28] = [
     ("processes_that_cannot_be_added", nonsense::additions),
     ("all_requests_for_a_task", nonsense::whole_service),
     ("a_paused_pod_refuses_what_it_could_not_answer", paused::whole_pod),
+    ("a_paused_pod_is_stopped_in_order", paused::stopped_in_order),
     ("a_paused_container_begins_nothing", paused::container),
     ("timings_of_a_pod_s_starts_are_told_until_its_end", observed::starts),
     ("bundles_that_cannot_be_run", refused::bundles),

@@ -15,6 +15,7 @@ use tests::pod::{finish, until};
 use tests::shim::{Player, Way, assert_refused, bundle, limit, refusal};
 
 use super::SLEEP;
+use super::observed::socket as timings;
 
 pub(crate) fn both_ways(player: &Player) {
     for way in [Way::Flags, Way::Bootstrap] {
@@ -108,6 +109,10 @@ pub(crate) fn shim_killed(player: &Player) {
                 shim.task.pause(limit(), &pause).expect("pause");
             }
             "ended" => assert_eq!(shim.wait(&id, "").expect("wait"), 0),
+            "running" => {
+                let served = until(Duration::from_secs(20), || timings(&id).exists().then_some(()));
+                served.expect("timings are served");
+            }
             _ => {}
         }
         kill(Pid::from_raw(pid), Signal::SIGKILL).expect("kill");
@@ -121,6 +126,7 @@ pub(crate) fn shim_killed(player: &Player) {
         }
         assert_eq!(player.delete(&id, &shim.bundle), 137, "{state}");
         assert_eq!(player.delete(&id, &shim.bundle), 137, "{state}, once more");
+        assert!(!timings(&id).exists(), "{state}: the socket of the timings is left");
     }
     // A member's bundle that has lost its configuration leads to the pod's socket.
     let id = player.id("pod");

@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use tests::pod::until;
@@ -12,7 +13,8 @@ use super::SLEEP;
 
 const REQUEST: &[u8] = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
-fn socket(pod: &str) -> PathBuf {
+/// Where a pod's timings are served.
+pub(crate) fn socket(pod: &str) -> PathBuf {
     let root = std::env::var_os("KRX_STATE_DIR").map_or_else(|| "/run/krx".into(), PathBuf::from);
     root.join(format!("{NAMESPACE}.{pod}/metrics.sock"))
 }
@@ -25,6 +27,15 @@ fn ask(path: &Path, request: &[u8]) -> String {
     let mut answer = Vec::new();
     let _ = client.read_to_end(&mut answer);
     String::from_utf8(answer).expect("text")
+}
+
+/// As the documentation tells people to ask. `None` where there is no curl.
+fn curl(path: &Path) -> Option<String> {
+    let arguments = ["--silent", "--show-error", "--fail", "--max-time", "120", "--unix-socket"];
+    let output =
+        Command::new("curl").args(arguments).arg(path).arg("http://localhost/metrics").output().ok()?;
+    assert!(output.status.success(), "curl: {}", String::from_utf8_lossy(&output.stderr));
+    Some(String::from_utf8(output.stdout).expect("text"))
 }
 
 /// Seconds until a phase of the start of `id`.
@@ -63,6 +74,11 @@ pub(crate) fn starts(player: &Player) {
     let answer = ask(&path, REQUEST);
     assert_eq!(phase(&answer, &id, &inside, "create asked"), Some(0.0), "{answer}");
     assert!(phase(&answer, &id, &inside, "started").is_some_and(|at| at > 0.0), "{answer}");
+
+    match curl(&path) {
+        Some(shown) => assert_eq!(phase(&shown, &id, &inside, "create asked"), Some(0.0), "{shown}"),
+        None => println!("there is no curl here"),
+    }
 
     for (request, status) in [
         (&b"GET / HTTP/1.0\r\n\r\n"[..], "404"),

@@ -34,17 +34,29 @@ fn at_once<T>(work: impl FnOnce() -> T) -> T {
     done
 }
 
-/// A pod with its sandbox, and a container in it with a process that waits for its start.
-fn pod(player: &Player) -> (Shim, Shim) {
+/// A pod with its sandbox.
+fn sandbox(player: &Player) -> Shim {
     let id = player.id("still");
     let pod = player.shim(&id, &bundle::sandbox(&player.host, &id));
-    let pid = pod.create(&id).expect("create");
+    pod.create(&id).expect("create");
     pod.start(&id, "").expect("start");
-    let inside = player.id("inside");
-    let member = player.shim(&inside, &bundle::member(&player.host, &SLEEP, &id, pid));
+    pod
+}
+
+/// A container in a pod.
+fn member(player: &Player, pod: &Shim, command: &[&str]) -> Shim {
+    let (inside, pid) = (player.id("inside"), pod.state(&pod.id, "").expect("state").pid);
+    let member = player.shim(&inside, &bundle::member(&player.host, command, &pod.id, pid));
     member.create(&inside).expect("create");
     member.start(&inside, "").expect("start");
-    member.exec(&inside, "created", &["true"]).expect("exec");
+    member
+}
+
+/// A pod with its sandbox, and a container in it with a process that waits for its start.
+fn pod(player: &Player) -> (Shim, Shim) {
+    let pod = sandbox(player);
+    let member = member(player, &pod, &SLEEP);
+    member.exec(&member.id, "created", &["true"]).expect("exec");
     (pod, member)
 }
 
@@ -61,7 +73,7 @@ pub(crate) fn whole_pod(player: &Player) {
         assert_refused(member.exec(inside, "late", &["true"]), wrong, paused);
         assert_refused(member.start(inside, "created"), wrong, paused);
         assert_refused(member.delete(inside, "created"), wrong, paused);
-        assert_refused(member.kill(inside, "", 9), wrong, paused);
+        assert_refused(member.kill(inside, "created", 9), wrong, paused);
         assert_refused(member.task.update(limit(), &update(inside)), wrong, paused);
         assert_refused(member.task.pids(limit(), of!(PidsRequest, inside)), wrong, paused);
         assert_refused(member.task.resize_pty(limit(), of!(ResizePtyRequest, inside)), wrong, paused);
@@ -88,6 +100,44 @@ pub(crate) fn whole_pod(player: &Player) {
     pod.delete(id, "").expect("delete");
     pod.shut_down();
     player.events.expect(id, &["create", "start", "paused", "resumed", "paused", "exit 137", "delete 137"]);
+}
+
+/// containerd stops a pod's containers before the pod: one that is paused, too, is to be removed by that.
+pub(crate) fn stopped_in_order(player: &Player) {
+    let pod = sandbox(player);
+    let id = pod.id.as_str();
+    let script = "trap 'exit 4' TERM; touch /tmp/up; while :; do sleep 0.1; done";
+    let (polite, stubborn) =
+        (member(player, &pod, &["sh", "-c", script]), member(player, &pod, &["sh", "-c", "sleep 3600"]));
+    let ended = member(player, &pod, &["true"]);
+    assert_eq!(ended.wait(&ended.id, "").expect("wait"), 0);
+    polite.exec(&polite.id, "up", &["sh", "-c", "until [ -e /tmp/up ]; do sleep 0.1; done"]).expect("exec");
+    polite.start(&polite.id, "up").expect("start");
+    assert_eq!(polite.wait(&polite.id, "up").expect("wait"), 0);
+    pod.task.pause(limit(), of!(PauseRequest, id)).expect("pause");
+    at_once(|| {
+        // It waits for the pod, as for a container's processes that are frozen.
+        polite.kill(&polite.id, "", 15).expect("SIGTERM");
+        assert_refused(ended.delete(&ended.id, ""), Code::FAILED_PRECONDITION, "is paused");
+        pod.task.pids(limit(), of!(PidsRequest, id)).expect("pids");
+    });
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(player.events.of(&polite.id).iter().all(|line| !line.starts_with("exit 4")), "it stands still");
+    at_once(|| {
+        stubborn.kill(&stubborn.id, "", 9).expect("SIGKILL");
+        assert_eq!(stubborn.wait(&stubborn.id, "").expect("wait"), 137);
+        assert_eq!(polite.wait(&polite.id, "").expect("wait"), 4, "SIGTERM has waited for it");
+    });
+    for member in [&polite, &stubborn] {
+        member.delete(&member.id, "").expect("delete");
+    }
+    // With one that has ended before, too: it is not found, and can be deleted from then on.
+    pod.task.pause(limit(), of!(PauseRequest, id)).expect("pause again");
+    at_once(|| assert_refused(ended.kill(&ended.id, "", 9), Code::NOT_FOUND, "has ended"));
+    ended.delete(&ended.id, "").expect("delete");
+    pod.end();
+    let (first, second) = (["create", "start", "paused", "resumed"], ["paused", "resumed"]);
+    player.events.expect(id, &[&first[..], &second, &["exit 137", "delete 137"]].concat());
 }
 
 pub(crate) fn container(player: &Player) {
