@@ -121,6 +121,8 @@ fn enclose(config: ValidConfig) -> Result<Jailed, String> {
         std::io::stderr(),
         "krx-vmm: NOT JAILED: a guest that takes over this process is root on the host"
     );
+    // As in a jail. Who is not root can neither, nor serve files of other users.
+    let _ = jail::capabilities::keep_for_all_users();
     if let Some(share) = &config.share {
         share::mount(share).map_err(|error| report::chain(&error))?;
     }

@@ -55,6 +55,8 @@ pub enum JailError {
     },
     #[error("Capabilities cannot be dropped")]
     Capabilities(#[source] caps::errors::CapsError),
+    #[error("Capabilities cannot be kept for all users of the guest")]
+    Keep(#[source] io::Error),
     #[error("Thread that is to remove the pod's directory cannot be made")]
     Janitor(#[source] io::Error),
     #[error("Privileges cannot be given up: {what}")]
@@ -94,6 +96,8 @@ pub fn enter(mut config: ValidConfig) -> Result<Jailed, JailError> {
 
 fn give_up() -> Result<(), JailError> {
     let failed = |what| move |source| JailError::Process { what, source };
+    // First, as it takes one that is dropped.
+    capabilities::keep_for_all_users().map_err(JailError::Keep)?;
     capabilities::drop_others().map_err(JailError::Capabilities)?;
     nix::sys::prctl::set_no_new_privs().map_err(failed("no_new_privs"))?;
     // Another VMM has the same user and no less capabilities: without this, it might look into this one's memory.
