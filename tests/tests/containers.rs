@@ -1,4 +1,6 @@
-//! Containers of pods through the CRI: what they print, how they end, what they see, what they may use.
+//! Containers of pods through the CRI: what they print, how they end, what they see, what they may use and do.
+
+mod container_tests;
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -8,11 +10,13 @@ use std::time::{Duration, Instant};
 
 use tests::containerd::{Engine, suite};
 use tests::cri::container::END;
-use tests::cri::messages::{CONTAINER_EXITED, CONTAINER_RUNNING, Capabilities, Resources};
+use tests::cri::messages::{CONTAINER_EXITED, CONTAINER_RUNNING, Resources};
 use tests::cri::pod::PodPlan;
 use tests::cri::stream::{STDERR, STDOUT};
 use tests::pod::until;
 use tests::scratch::Scratch;
+
+use crate::container_tests::security;
 
 const MIB: i64 = 1 << 20;
 
@@ -32,9 +36,12 @@ fn main() -> ExitCode {
         ("a_full_pod_stays_within_its_limit_and_overhead", full),
         ("volumes_of_files_that_change", config_map),
         ("host_paths_and_empty_directories", host_paths),
-        ("environment_user_and_groups", identity),
-        ("capabilities_and_privileges", capabilities),
-        ("a_read_only_root", read_only_root),
+        ("environment_user_and_groups", security::identity),
+        ("capabilities_and_privileges", security::capabilities),
+        ("a_read_only_root", security::read_only_root),
+        ("a_default_container_is_confined", security::default),
+        ("a_restricted_container_has_nothing_it_does_not_need", security::restricted),
+        ("a_privileged_container_has_all_of_its_vm", security::privileged),
     ])
 }
 
@@ -249,40 +256,4 @@ fn host_paths(engine: &Engine) {
     assert_ne!(reader.exec(&["touch", "/data/new"]).code, 0, "it is read-only");
     volume.write("later", "later");
     assert_eq!(reader.sh("cat /data/later"), "later");
-}
-
-fn identity(engine: &Engine) {
-    let pod = PodPlan::new(engine, "identity").run();
-    let plan =
-        pod.shell("main", "id -u; id -g; id -G; echo $A-$B; pwd; cat /proc/self/status | grep NoNewPrivs");
-    let mut plan = plan.user(1000, 1000, &[2000, 3000]).env("A", "one").env("B", "two words");
-    plan.config.working_dir = "/usr/lib".into();
-    plan.security().no_new_privs = true;
-    let ended = plan.run().ok();
-    assert_eq!(ended.out, "1000\n1000\n1000 2000 3000\none-two words\n/usr/lib\nNoNewPrivs:\t1\n");
-}
-
-fn capabilities(engine: &Engine) {
-    let pod = PodPlan::new(engine, "capabilities").run();
-    let show = "grep CapEff /proc/self/status; mount -t tmpfs none /tmp 2>/dev/null && echo mounts; true";
-    let plain = pod.shell("plain", show).run().ok().out;
-    assert_eq!(plain, "CapEff:\t00000000a80425fb\n");
-    let mut plan = pod.shell("none", show);
-    plan.security().capabilities = Some(Capabilities { add: Vec::new(), drop: vec!["ALL".into()] });
-    assert_eq!(plan.run().ok().out, "CapEff:\t0000000000000000\n");
-    let mut plan = pod.shell("admin", show);
-    plan.security().capabilities = Some(Capabilities { add: vec!["SYS_ADMIN".into()], drop: Vec::new() });
-    assert_eq!(plan.run().ok().out, "CapEff:\t00000000a82425fb\nmounts\n");
-}
-
-fn read_only_root(engine: &Engine) {
-    let pod = PodPlan::new(engine, "read-only").run();
-    let volume = Scratch::under(&engine.scratch().join("logs"));
-    let mut plan = pod.shell("main", "touch /new && echo root; touch /data/new && echo volume");
-    plan.security().readonly_rootfs = true;
-    let ended = plan.mount(volume.path(), "/data", false).run();
-    assert_eq!(ended.out, "volume\n", "{ended:?}");
-    let masked =
-        pod.shell("masked", "cat /proc/kcore | head -c 1; touch /proc/sys/kernel/x || echo sealed").run();
-    assert!(masked.out.contains("sealed"), "{masked:?}");
 }

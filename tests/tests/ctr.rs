@@ -16,6 +16,7 @@ fn main() -> ExitCode {
         ("run_of_a_missing_command_says_so", missing),
         ("run_gives_its_standard_input", input),
         ("run_has_environment_and_directory", environment),
+        ("run_has_the_limits_of_descriptors", descriptors),
         ("run_gives_its_output_to_a_log_uri", log_uri),
         ("exec_in_a_running_container", exec),
         ("a_container_is_killed_and_deleted", killed),
@@ -49,6 +50,12 @@ fn environment(engine: &Engine) {
         &["sh", "-c", "echo $COLOUR $PWD"],
     );
     assert_eq!(engine.ctr_end(&run).ok().out, "red /usr\n");
+}
+
+/// Pods have those of the guest, as the CRI plugin gives them none.
+fn descriptors(engine: &Engine) {
+    let limits = engine.ctr_run(&["--rm"], "limits", &["sh", "-c", "ulimit -Sn; ulimit -Hn"]);
+    assert_eq!(engine.ctr_end(&limits).ok().out, "1024\n1024\n");
 }
 
 fn log_uri(engine: &Engine) {

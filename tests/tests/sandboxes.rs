@@ -32,6 +32,7 @@ fn main() -> ExitCode {
         ("an_exec_that_is_idle_lives_on", idle),
         ("a_pod_in_a_slice_of_systemd", slice),
         ("a_paused_pod_is_stopped_and_removed", stop_paused),
+        ("the_guests_console_is_logged_where_a_pod_asks", console_log),
         ("a_pod_on_the_hosts_network", host_network),
     ])
 }
@@ -243,6 +244,23 @@ fn stop_paused(engine: &Engine) {
     let cgroup = pod.cgroup();
     drop(pod);
     assert!(!cgroup.exists(), "something is left in {}", cgroup.display());
+}
+
+/// In containerd's log, by its shim's.
+fn console_log(engine: &Engine) {
+    if !engine.is_krx() {
+        return;
+    }
+    let logged = || std::fs::read_to_string(engine.log()).expect("log").contains("Linux version");
+    let silent = PodPlan::new(engine, "silent").run();
+    assert_eq!(silent.shell("main", "echo up").run().out, "up\n");
+    assert!(!logged(), "nobody has asked for it");
+    let told = PodPlan::new(engine, "told").annotation("io.krx.console-log", "true").run();
+    assert_eq!(told.shell("main", "echo up").run().out, "up\n");
+    assert!(until(END, || logged().then_some(())).is_some(), "{}", engine.last_words());
+    let refused = PodPlan::new(engine, "odd").annotation("io.krx.console-log", "yes").try_run();
+    let refused = refused.expect_err("it is neither true nor false");
+    assert!(refused.message().contains("io.krx.console-log"), "{refused}");
 }
 
 /// Of a VM the host's network is not to be had: krx refuses such a pod.

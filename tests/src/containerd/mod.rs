@@ -17,6 +17,7 @@ use std::process::{Child, Stdio};
 use std::sync::Mutex;
 use std::time::Duration;
 
+use krx_sandbox::settings::annotations::Annotation;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -166,6 +167,9 @@ privileged_without_host_devices = true
 pod_annotations = ["io.krx.*", "krx.*"]
 container_annotations = ["io.krx.*", "krx.*"]
 "#, cni = cni.display(), runc = RUNC.kind, krx = KRX.kind));
+        // In place of the host's own.
+        let allowed = Annotation::ALL.map(Annotation::name);
+        self.scratch.write("krx.toml", format!("[annotations]\nallow = {}\n", serde_json::json!(allowed)));
         let network = serde_json::json!({
             "cniVersion": "0.4.0", "name": "krx-test",
             "plugins": [
@@ -183,6 +187,7 @@ container_annotations = ["io.krx.*", "krx.*"]
         let log = File::options().create(true).append(true).open(self.log()).expect("log");
         let mut command = self.tools.command("containerd");
         command.arg("--config").arg(self.scratch.join("config.toml"));
+        command.env("KRX_CONFIG", self.scratch.join("krx.toml"));
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("log")).stderr(log);
         // Its shims outlive it, and are no business of a terminal's.
         command.process_group(0);

@@ -20,6 +20,21 @@ use crate::pod::{Ended, until};
 /// Longest a container may take to end, or to say what a test waits for.
 pub const END: Duration = Duration::from_secs(90);
 
+/// What the kubelet has masked, and made read-only, of each container; containerd leaves both out of one that is privileged.
+pub const MASKED: [&str; 10] = [
+    "/proc/asound",
+    "/proc/acpi",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/sys/firmware",
+];
+pub const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+
 /// A container to be: change `config` before [`Plan::start`].
 #[derive(Debug)]
 pub struct Plan<'p, 'e> {
@@ -29,7 +44,13 @@ pub struct Plan<'p, 'e> {
 
 impl<'p, 'e> Plan<'p, 'e> {
     pub(super) fn new(pod: &'p Pod<'e>, name: &str, command: &[&str]) -> Self {
-        let security = Security { seccomp: Some(SecurityProfile::default()), ..Default::default() };
+        let paths = |paths: &[&str]| paths.iter().map(ToString::to_string).collect();
+        let security = Security {
+            seccomp: Some(SecurityProfile::default()),
+            masked_paths: paths(&MASKED),
+            readonly_paths: paths(&READ_ONLY),
+            ..Default::default()
+        };
         let config = ContainerConfig {
             metadata: Some(ContainerMetadata { name: name.into(), attempt: 0 }),
             image: Some(Image { image: SMALL.into() }),

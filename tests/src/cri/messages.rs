@@ -224,6 +224,9 @@ pub struct Resources {
     pub oom_score_adj: i64,
     #[prost(string, tag = "6")]
     pub cpuset_cpus: String,
+    /// Files of cgroup v2, and what is written to them.
+    #[prost(map = "string, string", tag = "9")]
+    pub unified: HashMap<String, String>,
 }
 
 #[derive(Clone, PartialEq, Message)]
