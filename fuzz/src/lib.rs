@@ -6,6 +6,7 @@
 mod device;
 mod files;
 mod input;
+mod net_control;
 pub mod seeds;
 
 use std::cell::RefCell;
@@ -37,11 +38,12 @@ use crate::input::Input;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 15] = [
+pub const TARGETS: [Target; 16] = [
     ("mmio_rng", mmio_rng),
     ("mmio_vsock", mmio_vsock),
     ("mmio_fs", mmio_fs),
     ("mmio_net", mmio_net),
+    ("mmio_net_control", mmio_net_control),
     ("vmm_config", vmm_config),
     ("kernel", kernel),
     ("klog", klog),
@@ -97,6 +99,11 @@ pub fn mmio_net(data: &[u8]) {
     if let Ok(net) = Net::over_socket(near, mac, mtu) {
         device::drive(Box::new(net), data, |bytes| wire.say(bytes));
     }
+}
+
+/// The same of its control queue.
+pub fn mmio_net_control(data: &[u8]) {
+    device::drive(Box::new(net_control::Control), data, |_| ());
 }
 
 /// What is typed, or sent by krx, as the VMM's configuration.

@@ -24,6 +24,7 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
         "mmio_vsock" => vsock(),
         "mmio_fs" => fs(),
         "mmio_net" => net(),
+        "mmio_net_control" => net_control(),
         "vmm_config" => texts(&[
             r#"{"kernel":"/k","memory_mib":128,"vcpus":1}"#,
             r#"{"kernel":"/k","initramfs":"/i","cmdline":"a=b","memory_mib":4096,"vcpus":8,"console":true,
@@ -280,6 +281,17 @@ fn net() -> Vec<Vec<u8>> {
         steps.outside(&[&[200], &header[..]].concat()).run().outside(&[2]).run().0
     };
     [0, 0x8000, 0x1_99ab].map(session).to_vec()
+}
+
+fn net_control() -> Vec<Vec<u8>> {
+    let session = |command: [u8; 4]| {
+        let steps = Steps::start(&[16]).write(0x20_0000, &command);
+        // The command in two parts and in one, and the answer.
+        let steps = steps.describe(0, 0, 0x20_0000, 2, 1).describe(0, 1, 0x20_0002, 2, 1);
+        let steps = steps.describe(0, 2, 0x20_1000, 1, 2).offer(0, 0);
+        steps.describe(0, 3, 0x20_0000, 4, 0).offer(0, 3).run().0
+    };
+    [[4, 0, 2, 0], [4, 0, 4, 0], [4, 0, 9, 0], [1, 0, 0, 0]].map(session).to_vec()
 }
 
 /// An ELF file of `class` (1: 32 bit, 2: 64 bit) with one segment.

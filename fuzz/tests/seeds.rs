@@ -98,6 +98,7 @@ targets!(
     mmio_vsock,
     mmio_fs,
     mmio_net,
+    mmio_net_control,
     vmm_config,
     kernel,
     klog,

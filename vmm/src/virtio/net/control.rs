@@ -61,7 +61,10 @@ impl Command {
 
 /// Carries out what is in the queue, up to the budget; what may be left makes the kick readable. `set` has a number of pairs
 /// used, of at most `most`.
-pub(super) fn serve(
+///
+/// # Errors
+/// A chain or a queue that does not lie in guest memory.
+pub fn serve(
     queue: &mut LiveQueue,
     most: usize,
     mut set: impl FnMut(usize) -> io::Result<()>,

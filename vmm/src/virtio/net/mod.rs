@@ -10,7 +10,7 @@
 //! address and filters nothing: the tap's owner does. There is one pair of queues; over vhost there may be more, and then a
 //! [`control`] queue.
 
-mod control;
+pub mod control;
 mod header;
 mod receive;
 mod tap;
