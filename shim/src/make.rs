@@ -126,6 +126,14 @@ fn check_mount(mount: &Mount) -> containerd_shim::Result<()> {
     if Path::new(&mount.target).components().any(|part| part == Component::ParentDir) {
         return refused(format!("mount target {:.100} leads out of the root file system", mount.target));
     }
+    if mount.options.iter().any(|option| option == "loop") {
+        // The library closes the loop device before it mounts it, and Linux then takes the file away.
+        return refused(format!(
+            "{:.100} is the image of a file system in a file (option loop), which krx does not take: \
+             choose a snapshotter of directories or block devices, like overlayfs",
+            mount.source
+        ));
+    }
     let layers = mount.options.iter().filter_map(|option| option.strip_prefix("lowerdir="));
     match layers.flat_map(|layers| layers.split(':')).find(|layer| !Path::new(layer).is_dir()) {
         Some(layer) if mount.type_ == "overlay" => refused(format!("layer {layer:.100} is not a directory")),
@@ -181,6 +189,7 @@ mod tests {
         assert!(check_mount(&mount("", &["lowerdir=/tmp:/", "upperdir=/no"])).is_ok());
         assert!(check_mount(&mount("/a/../../b", &[])).is_err());
         assert!(check_mount(&mount("a..b", &[])).is_ok());
+        assert!(check_mount(&mount("", &["ro", "loop"])).unwrap_err().to_string().contains("loop"));
         let missing = (0..200).map(|layer| format!("/no/such/snapshots/{layer}/fs")).collect::<Vec<_>>();
         let refused = check_mount(&mount("", &[&format!("lowerdir={}", missing.join(":"))])).unwrap_err();
         assert!(refused.to_string().contains("/no/such/snapshots/0/fs"), "{refused}");
