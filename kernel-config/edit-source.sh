@@ -48,3 +48,6 @@ edit arch/x86/kernel/cpu/scattered.c 'cpuid_count(cb->level, cb->sub_leaf, &regs
 # krx's devices need no acknowledgement of used buffers (vmm/src/virtio/irq.rs): an exit for each interrupt. The vendor is krx's.
 edit drivers/virtio/virtio_mmio.c 'writel(status, vm_dev->base + VIRTIO_MMIO_INTERRUPT_ACK);' '	if (vm_dev->vdev.id.vendor != 0x58524b || status & ~VIRTIO_MMIO_INT_VRING) /* krx */
 		writel(status, vm_dev->base + VIRTIO_MMIO_INTERRUPT_ACK);'
+
+# Disks come while the guest runs: the agent announces them where the command line announces the other devices.
+edit drivers/virtio/virtio_mmio.c 'device_param_cb(device, &vm_cmdline_param_ops, NULL, S_IRUSR);' 'device_param_cb(device, &vm_cmdline_param_ops, NULL, S_IRUSR | S_IWUSR); /* krx */'

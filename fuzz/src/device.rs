@@ -7,6 +7,7 @@ use krx_vmm::virtio::device::{Device, DeviceError, Worker};
 use krx_vmm::virtio::irq::Interrupt;
 use krx_vmm::virtio::mmio::{MmioTransport, Running, WorkerHost};
 use krx_vmm::virtio::registers::Registers;
+use krx_vmm::wires::Wires;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -61,7 +62,8 @@ pub(crate) fn drive(device: Box<dyn Device>, data: &[u8], mut outside: impl FnMu
     let bells: Vec<EventFd> = kicks.iter().map(|kick| kick.try_clone().expect("eventfd")).collect();
     let host = Inline::default();
     let interrupt = Interrupt::new(event(), Registers::alone().expect("memory"));
-    let mut transport = MmioTransport::new(device, memory.clone(), interrupt, kicks, host.clone());
+    let wires = Wires { interrupt, kicks };
+    let mut transport = MmioTransport::new(device, memory.clone(), wires, host.clone());
     let mut input = Input::new(data);
     for _ in 0..STEPS {
         if input.is_empty() {

@@ -32,6 +32,14 @@ impl Scratch {
         path
     }
 
+    /// A file of zeroes and holes.
+    pub(crate) fn disk(&self, length: u64) -> fs::File {
+        let path = self.file("disk", &[0; 4096]);
+        let disk = fs::File::options().read(true).write(true).open(path).expect("disk");
+        disk.set_len(length).expect("disk");
+        disk
+    }
+
     /// A share with a file, a directory and links, as it was before the last guest.
     pub(crate) fn fresh_share(&self) -> PathBuf {
         let share = self.path("share");

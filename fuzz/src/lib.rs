@@ -25,6 +25,7 @@ use krx_vmm::arch::x86_64::kernel;
 use krx_vmm::config::Config;
 use krx_vmm::config::interface::Mtu;
 use krx_vmm::klog;
+use krx_vmm::virtio::block::Block;
 use krx_vmm::virtio::fs::Fs;
 use krx_vmm::virtio::net::Net;
 use krx_vmm::virtio::rng::{self, Rng};
@@ -38,8 +39,9 @@ use crate::input::Input;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 16] = [
+pub const TARGETS: [Target; 17] = [
     ("mmio_rng", mmio_rng),
+    ("mmio_block", mmio_block),
     ("mmio_vsock", mmio_vsock),
     ("mmio_fs", mmio_fs),
     ("mmio_net", mmio_net),
@@ -71,6 +73,19 @@ pub fn mmio_rng(data: &[u8]) {
     if let Ok(source) = rng::open() {
         device::drive(Box::new(Rng::new(source)), data, |_| ());
     }
+}
+
+/// The same of a disk, which stays as large as it is.
+pub fn mmio_block(data: &[u8]) {
+    const DISK: u64 = 1 << 20;
+    with_scratch(|scratch| {
+        let disk = scratch.disk(DISK);
+        let Ok(writable) = disk.try_clone() else { return };
+        if let Ok(block) = Block::new(writable, data.len().is_multiple_of(8)) {
+            device::drive(Box::new(block), data, |_| ());
+        }
+        assert_eq!(disk.metadata().map(|metadata| metadata.len()).ok(), Some(DISK));
+    });
 }
 
 /// The same of the vsock device, with a client of the host that also says what it likes.

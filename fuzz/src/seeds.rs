@@ -21,6 +21,7 @@ pub fn ring(queue: u8) -> u64 {
 pub fn of(target: &str) -> Vec<Vec<u8>> {
     match target {
         "mmio_rng" => vec![rng()],
+        "mmio_block" => block(),
         "mmio_vsock" => vsock(),
         "mmio_fs" => fs(),
         "mmio_net" => net(),
@@ -178,6 +179,23 @@ impl Steps {
 fn rng() -> Vec<u8> {
     let steps = Steps::start(&[8]).describe(0, 0, 0x10_0000, 64, 2).offer(0, 0).run();
     steps.register(0x70, 0).0
+}
+
+/// Reads, writes, flushes, discards and zeroes a disk; with data in one piece and in two.
+fn block() -> Vec<Vec<u8>> {
+    const REQUEST: u32 = 0x20_0000;
+    let session = |(kind, flags): (u32, u8)| {
+        let extent = [3_u64.to_le_bytes().to_vec(), 5_u32.to_le_bytes().to_vec(), vec![0; 4]].concat();
+        let request =
+            [kind.to_le_bytes().to_vec(), vec![0; 4], 7_u64.to_le_bytes().to_vec(), extent].concat();
+        let steps = Steps::start_with(1 << 9 | 1 << 13 | 1 << 14, &[128]).write(REQUEST, &request);
+        let steps = steps.describe(0, 0, REQUEST, 16, 1).describe(0, 1, REQUEST + 16, 16, flags | 1);
+        let steps = steps.describe(0, 2, 0x30_0000, 1, 2).offer(0, 0);
+        let steps = steps.describe(0, 3, REQUEST, 16, 1).describe(0, 4, 0x28_0000, 512, flags | 1);
+        let steps = steps.describe(0, 5, 0x29_0000, 512, flags | 1).describe(0, 6, 0x30_0000, 1, 2);
+        steps.offer(0, 3).run().0
+    };
+    [(0, 2), (1, 0), (4, 0), (8, 2), (11, 0), (13, 0)].map(session).to_vec()
 }
 
 /// The 44 bytes of `struct virtio_vsock_hdr`.

@@ -95,6 +95,7 @@ macro_rules! targets {
 
 targets!(
     mmio_rng,
+    mmio_block,
     mmio_vsock,
     mmio_fs,
     mmio_net,

@@ -1,21 +1,25 @@
-//! The VMM's control socket: one JSON request a line, one JSON answer a line.
+//! The VMM's control socket: one JSON request a line, one JSON answer a line. An open file that a request is about is passed with the
+//! line (unix(7), SCM_RIGHTS).
 //!
 //! Each client is served on a short-lived thread of its own, never on the event loop: pausing waits for the vCPUs,
 //! and a vCPU may be waiting for the loop.
 
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use event_manager::EventSet;
 use serde::{Deserialize, Serialize};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use crate::disks::{DiskError, DiskPlace, Disks};
 use crate::event_loop::{EventLoop, Stop, on_readable};
 use crate::host_socket::{self, Listener};
 use crate::jail::seccomp::{self, Kind};
@@ -41,13 +45,20 @@ struct Line {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 enum Request {
     Pause,
     Resume,
     Shutdown,
     Status,
     Timings,
+    /// Makes the file that comes with the line a disk of the guest.
+    AttachDisk {
+        read_only: bool,
+    },
+    DetachDisk {
+        slot: u32,
+    },
 }
 
 #[derive(Debug, Serialize)]
@@ -55,6 +66,7 @@ enum Request {
 enum Answer {
     Ok(&'static str),
     Phases(Vec<Reached>),
+    Disk(DiskPlace),
     Error(String),
 }
 
@@ -64,6 +76,8 @@ pub struct Handles {
     /// `None` until the vCPUs have been started.
     pub vcpus: Arc<Mutex<Option<Arc<Vcpus>>>>,
     pub stop: Stop<Outcome>,
+    /// Set before the vCPUs are started.
+    disks: Arc<OnceLock<Arc<Mutex<Disks>>>>,
     /// Socket of the vsock device, to reach the guest's power button.
     vsock: Option<PathBuf>,
     /// Somebody has asked for a shutdown, which always ends in a stop.
@@ -74,7 +88,19 @@ impl Handles {
     /// `vsock` is the socket of the vsock device, if there is one.
     #[must_use]
     pub fn new(stop: Stop<Outcome>, vsock: Option<PathBuf>) -> Self {
-        Self { vcpus: Arc::default(), stop, vsock, shutting_down: Arc::default() }
+        Self { vcpus: Arc::default(), stop, disks: Arc::default(), vsock, shutting_down: Arc::default() }
+    }
+
+    /// Lets clients attach disks from now on.
+    pub(crate) fn set_disks(&self, disks: Arc<Mutex<Disks>>) {
+        // There is one machine, which has one set of them.
+        let _ = self.disks.set(disks);
+    }
+
+    fn with_disks<T>(&self, action: impl FnOnce(&mut Disks) -> Result<T, DiskError>) -> Result<T, String> {
+        let disks = self.disks.get().ok_or("the VM has not been made yet")?;
+        let mut disks = disks.lock().unwrap_or_else(PoisonError::into_inner);
+        action(&mut disks).map_err(|error| report::line(&error))
     }
 
     fn with_vcpus<T>(&self, action: impl FnOnce(&Vcpus) -> T) -> Option<T> {
@@ -188,20 +214,34 @@ fn serve(client: &UnixStream, handles: &Handles) -> io::Result<()> {
     client.set_nonblocking(false)?;
     client.set_read_timeout(Some(IDLE))?;
     client.set_write_timeout(Some(IDLE))?;
-    let mut reader = BufReader::new(client);
+    let mut reader = BufReader::new(Receiver { client, file: None });
     loop {
         let mut line = Vec::new();
         if (&mut reader).take(MAX_LINE).read_until(b'\n', &mut line)? == 0 {
             return Ok(());
         }
-        let answer = answer(&line, handles);
+        let answer = answer(&line, reader.get_mut().file.take(), handles);
         let mut text = serde_json::to_vec(&answer).map_err(io::Error::other)?;
         text.push(b'\n');
         (&*client).write_all(&text)?;
     }
 }
 
-fn answer(line: &[u8], handles: &Handles) -> Answer {
+/// What a client sends, with the last file that it has passed.
+struct Receiver<'a> {
+    client: &'a UnixStream,
+    file: Option<File>,
+}
+
+impl Read for Receiver<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let (count, file) = self.client.recv_with_fd(buffer)?;
+        self.file = file.or(self.file.take());
+        Ok(count)
+    }
+}
+
+fn answer(line: &[u8], file: Option<File>, handles: &Handles) -> Answer {
     let not_started = || Answer::Error("the vCPUs have not been started yet".into());
     let request = match serde_json::from_slice::<Line>(line) {
         Ok(line) => line.request,
@@ -219,6 +259,15 @@ fn answer(line: &[u8], handles: &Handles) -> Answer {
             .with_vcpus(Vcpus::paused)
             .map_or_else(not_started, |paused| Answer::Ok(if paused { "paused" } else { "running" })),
         Request::Timings => Answer::Phases(phase::all()),
+        Request::AttachDisk { read_only } => {
+            let Some(file) = file else { return Answer::Error("no file came with the request".into()) };
+            let attached = handles.with_disks(|disks| disks.attach(file, read_only));
+            attached.map_or_else(Answer::Error, Answer::Disk)
+        }
+        Request::DetachDisk { slot } => {
+            let detached = handles.with_disks(|disks| disks.detach(slot));
+            detached.map_or_else(Answer::Error, |()| Answer::Ok("detached"))
+        }
         Request::Shutdown => {
             handles.shut_down();
             Answer::Ok("shutting down")
@@ -236,8 +285,6 @@ fn not_paused() -> Answer {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-
     use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
     use vmm_sys_util::tempdir::TempDir;
 
@@ -273,6 +320,27 @@ mod tests {
         assert!(ask(b"{\"request\":\"explode\"}\n").starts_with(r#"{"error":"#));
         let endless = vec![b'{'; 3 * usize::try_from(MAX_LINE).unwrap()];
         assert_eq!(ask(&endless).lines().count(), 3);
+    }
+
+    #[test]
+    fn disks_need_a_file_a_machine_and_known_fields() {
+        let attach = b"{\"request\":{\"attach_disk\":{\"read_only\":true}}}\n";
+        assert_eq!(ask(attach), "{\"error\":\"no file came with the request\"}\n");
+        assert!(
+            ask(b"{\"request\":{\"attach_disk\":{\"read_only\":true,\"x\":1}}}\n").contains("unknown field")
+        );
+        assert!(ask(b"{\"request\":{\"attach_disk\":{}}}\n").contains("missing field"));
+        assert!(ask(b"{\"request\":{\"detach_disk\":{\"slot\":-1}}}\n").starts_with("{\"error\":"));
+        assert!(ask(b"{\"request\":{\"detach_disk\":{\"slot\":11}}}\n").contains("not been made yet"));
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let file = File::open("/dev/null").unwrap();
+        ours.send_with_fd(&attach[..], file.as_raw_fd()).unwrap();
+        ours.shutdown(Shutdown::Write).unwrap();
+        serve(&theirs, &handles()).unwrap();
+        drop(theirs);
+        let mut text = String::new();
+        (&ours).read_to_string(&mut text).unwrap();
+        assert!(text.contains("not been made yet"), "{text}");
     }
 
     fn stops(handles: &Handles) -> bool {

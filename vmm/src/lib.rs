@@ -2,8 +2,8 @@
 //!
 //! The way of a start, by file: `main.rs` reads a [`config`] and enters the [`jail`] with the [`share`]; [`machine`] is the recipe:
 //! [`memory`], [`kvm`], the kernel and the boot tables ([`arch`]), devices into [`slots`] ([`virtio`],
-//! [`devices`]), vCPUs. From then on vCPU threads reach devices through the [`bus`], and the [`event_loop`] runs
-//! what waits for descriptors, [`control`] requests included ([`host_socket`] has the sockets). [`phase`] notes when
+//! [`devices`], with [`wires`] to KVM), vCPUs. From then on vCPU threads reach devices through the [`bus`], and the [`event_loop`] runs
+//! what waits for descriptors, [`control`] requests included ([`host_socket`] has the sockets; [`disks`] come and go by them). [`phase`] notes when
 //! each step was done; [`klog`] reads the guest kernel's log out of its memory when a guest ends badly.
 //!
 //! The VMM knows nothing of containers. The guest is hostile: each number it gives is checked where it is used.
@@ -15,6 +15,7 @@ pub mod bus;
 pub mod config;
 pub mod control;
 pub mod devices;
+pub mod disks;
 pub mod event_loop;
 pub mod exit_code;
 pub mod host_socket;
@@ -31,3 +32,4 @@ pub mod sys;
 #[cfg(test)]
 mod testing;
 pub mod virtio;
+pub mod wires;

@@ -93,8 +93,8 @@ pub struct Machine {
     memory: GuestMemoryMmap,
     /// The image, by which the guest's log is found.
     kernel: File,
-    /// Not used any more, but closing it would disconnect every irqfd.
-    _vm: Vm,
+    /// Not used here any more, but closing it would disconnect every irqfd.
+    _vm: Arc<Vm>,
     /// Devices go with the last holder, and would remove their files: not the business of a vCPU that ends.
     _buses: Arc<Buses>,
     boot_deadline_ns: Option<u64>,
@@ -165,7 +165,7 @@ impl Machine {
             interface.set_vhost(&mut vhost);
         }
         let memory = opened.memory;
-        let vm = Vm::new(&opened.kvm, &memory).map_err(MachineError::Kvm)?;
+        let vm = Arc::new(Vm::new(&opened.kvm, &memory).map_err(MachineError::Kvm)?);
         phase::mark(Phase::VmCreated);
 
         let image = opened.kernel.try_clone().map_err(MachineError::Host)?;
@@ -193,7 +193,8 @@ impl Machine {
         let mut cmdline = base_cmdline(config).map_err(MachineError::Boot)?;
         let workers = Workers::new(&event_loop);
         let mut slots = Slots::new(&vm, &memory, workers).map_err(MachineError::Host)?;
-        crate::slots::attach_devices(&mut slots, config, opened.entropy, interfaces)?;
+        let disks = crate::slots::attach_devices(&mut slots, config, opened.entropy, interfaces)?;
+        handles.set_disks(disks);
         for device in slots.cmdline() {
             append(&mut cmdline, device).map_err(MachineError::Boot)?;
         }

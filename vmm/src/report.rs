@@ -16,6 +16,12 @@ pub fn chain(error: &dyn Error) -> String {
     text
 }
 
+/// `error` and its causes, in one line.
+#[must_use]
+pub fn line(error: &dyn Error) -> String {
+    chain(error).replace("\n  because: ", ": ")
+}
+
 /// One warning on standard error: something was lost that the VM can live without.
 pub fn warn(what: &str, error: &dyn Error) {
     eprintln!("krx-vmm: {what}: {}", chain(error));

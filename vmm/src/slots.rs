@@ -4,26 +4,25 @@ use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_NOTIFY};
 use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::arch::x86_64::layout;
 use crate::bus::Bus;
 use crate::config::ValidConfig;
+use crate::disks::Disks;
 use crate::event_loop::Workers;
 use crate::kvm::vm::{KvmError, Vm};
 use crate::machine::MachineError;
 use crate::virtio::device::Device;
-use crate::virtio::irq::Interrupt;
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::net::Net;
 use crate::virtio::registers::RegisterFile;
 use crate::virtio::{fs, rng, vsock};
+use crate::wires::Wires;
 
 /// The slots filled so far.
 pub(crate) struct Slots<'a> {
-    vm: &'a Vm,
+    vm: &'a Arc<Vm>,
     memory: &'a GuestMemoryMmap,
     workers: Workers,
     registers: RegisterFile,
@@ -34,37 +33,38 @@ pub(crate) struct Slots<'a> {
 impl<'a> Slots<'a> {
     /// # Errors
     /// When the host is out of memory.
-    pub(crate) fn new(vm: &'a Vm, memory: &'a GuestMemoryMmap, workers: Workers) -> io::Result<Self> {
-        let registers = RegisterFile::new(layout::VIRTIO_SLOTS)?;
+    pub(crate) fn new(vm: &'a Arc<Vm>, memory: &'a GuestMemoryMmap, workers: Workers) -> io::Result<Self> {
+        let registers = RegisterFile::new(layout::VIRTIO_SLOTS + layout::DISK_SLOTS)?;
         Ok(Self { vm, memory, workers, registers, bus: Bus::default(), cmdline: Vec::new() })
     }
 
-    /// Puts `device` into the next free slot.
+    /// Puts `device` into the next free slot; gives the slot's interrupt.
     ///
     /// # Errors
     /// When KVM or the host is out of descriptors.
-    pub(crate) fn attach(&mut self, device: Box<dyn Device>) -> Result<(), KvmError> {
+    pub(crate) fn attach(&mut self, device: Box<dyn Device>) -> Result<u32, KvmError> {
         let slot = u32::try_from(self.cmdline.len()).unwrap_or(u32::MAX);
         debug_assert!(slot < layout::VIRTIO_SLOTS, "every device has a slot of its own");
-        let address = layout::VIRTIO_MMIO + u64::from(slot) * layout::VIRTIO_MMIO_SIZE;
+        let address = layout::virtio_slot(slot);
         let irq = layout::VIRTIO_IRQ + slot;
         let registers = self.registers.slot(slot).map_err(KvmError::Registers)?;
-        let interrupt = Interrupt::new(self.vm.irqfd(irq)?, registers);
-        let notify = address + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY);
-        // A kick that nobody hears ends in the transport, which ignores it.
-        let kick = |queue| match device.hears(queue) {
-            true => self.vm.ioeventfd(notify, queue),
-            false => EventFd::new(EFD_NONBLOCK).map_err(KvmError::EventFd),
-        };
-        let kicks: Result<Vec<_>, _> =
-            (0..).zip(device.queue_sizes()).map(|(queue, _)| kick(queue)).collect();
-        // They change nothing, see `USED_BUFFER`: the kernel drops them, which spares an exit to here for each interrupt.
-        self.vm.drop_writes(address + u64::from(VIRTIO_MMIO_INTERRUPT_ACK))?;
+        let wires = Wires::connect(self.vm, (address, irq), registers, &*device)?;
         let host = self.workers.of_device(&*device).map_err(KvmError::Thread)?;
-        let transport = MmioTransport::new(device, self.memory.clone(), interrupt, kicks?, host);
+        let transport = MmioTransport::new(device, self.memory.clone(), wires, host);
         self.bus.attach(address, layout::VIRTIO_MMIO_SIZE, Arc::new(Mutex::new(transport)));
         self.cmdline.push(format!("virtio_mmio.device=4K@{address:#x}:{irq}"));
-        Ok(())
+        Ok(irq)
+    }
+
+    /// Puts the slots of disks behind those of all other devices. `irq` is an interrupt that they may share.
+    pub(crate) fn attach_disks(&mut self, irq: u32) -> Arc<Mutex<Disks>> {
+        let registers = self.registers.clone();
+        let disks =
+            Disks::new(Arc::clone(self.vm), self.memory.clone(), self.workers.clone(), (registers, irq));
+        let disks = Arc::new(Mutex::new(disks));
+        let length = u64::from(layout::DISK_SLOTS) * layout::VIRTIO_MMIO_SIZE;
+        self.bus.attach(layout::virtio_slot(layout::VIRTIO_SLOTS), length, disks.clone());
+        disks
     }
 
     /// Kernel arguments that announce the devices.
@@ -88,7 +88,7 @@ impl<'a> Slots<'a> {
 }
 
 /// Attaches the devices that `config` asks for, and one for `entropy`. `interfaces` come last, so that the others have the same slots in every
-/// VM.
+/// VM; then there are slots for disks, which share the interrupt of the entropy device: that has hardly any.
 ///
 /// # Errors
 /// When a device's host side cannot be made, or KVM refuses.
@@ -97,7 +97,7 @@ pub(crate) fn attach_devices(
     config: &ValidConfig,
     entropy: File,
     interfaces: Vec<Net>,
-) -> Result<(), MachineError> {
+) -> Result<Arc<Mutex<Disks>>, MachineError> {
     if let Some(path) = &config.vsock {
         let device = vsock::Vsock::new(krx_proto::GUEST_CID, path.clone()).map_err(MachineError::Vsock)?;
         slots.attach(Box::new(device)).map_err(MachineError::Kvm)?;
@@ -106,9 +106,9 @@ pub(crate) fn attach_devices(
         let device = fs::Fs::new(krx_proto::SHARE_TAG, &share.root).map_err(MachineError::Fs)?;
         slots.attach(Box::new(device)).map_err(MachineError::Kvm)?;
     }
-    slots.attach(Box::new(rng::Rng::new(entropy))).map_err(MachineError::Kvm)?;
+    let irq = slots.attach(Box::new(rng::Rng::new(entropy))).map_err(MachineError::Kvm)?;
     for interface in interfaces {
         slots.attach(Box::new(interface)).map_err(MachineError::Kvm)?;
     }
-    Ok(())
+    Ok(slots.attach_disks(irq))
 }

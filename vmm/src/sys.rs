@@ -317,6 +317,10 @@ pub struct GuestPieces {
 // SAFETY: the pointers lead into `memory`, which all threads may access and which lives as long as they do.
 unsafe impl Send for GuestPieces {}
 
+/// What preadv(2) and pwritev(2) have in common.
+type Positioned =
+    unsafe extern "C" fn(libc::c_int, *const libc::iovec, libc::c_int, libc::off_t) -> libc::ssize_t;
+
 impl GuestPieces {
     /// Two less than the kernel's limit (`UIO_MAXIOV`), as each call has a piece of the host besides.
     pub const MAX: usize = 1022;
@@ -390,6 +394,60 @@ impl GuestPieces {
         self.pieces.remove(0);
         usize::try_from(result).map_err(|_| error)
     }
+
+    /// Fills all pieces from a file, from `offset` on, and empties the list.
+    ///
+    /// # Errors
+    /// What preadv(2) says; `UnexpectedEof` for a file that ends before.
+    pub fn read_all_at(&mut self, file: BorrowedFd<'_>, offset: i64) -> io::Result<()> {
+        self.move_all(libc::preadv, file, offset)
+    }
+
+    /// Writes all pieces to a file, from `offset` on, and empties the list.
+    ///
+    /// # Errors
+    /// What pwritev(2) says.
+    pub fn write_all_at(&mut self, file: BorrowedFd<'_>, offset: i64) -> io::Result<()> {
+        self.move_all(libc::pwritev, file, offset)
+    }
+
+    fn move_all(&mut self, call: Positioned, file: BorrowedFd<'_>, mut offset: i64) -> io::Result<()> {
+        while self.bytes > 0 {
+            let count = libc::c_int::try_from(self.pieces.len()).unwrap_or_default();
+            // SAFETY: pointer and count are those of one live array, whose elements lie in mappings that `memory` keeps. Guest
+            // memory is only accessed volatilely, so no Rust reference to the bytes that may be written exists.
+            let result = unsafe { call(file.as_raw_fd(), self.pieces.as_ptr(), count, offset) };
+            match usize::try_from(result) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(moved) => {
+                    self.remove_bytes(moved);
+                    offset = offset.saturating_add(i64::try_from(moved).unwrap_or(i64::MAX));
+                }
+                Err(_) => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(error),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the first bytes, as many as there are at most.
+    fn remove_bytes(&mut self, mut count: usize) {
+        let whole = self.pieces.iter().take_while(|piece| {
+            let fits = piece.iov_len <= count;
+            count -= if fits { piece.iov_len } else { 0 };
+            fits
+        });
+        let whole = whole.count();
+        self.remove_first(whole);
+        if let Some(first) = self.pieces.first_mut() {
+            let count = count.min(first.iov_len);
+            first.iov_base = first.iov_base.wrapping_byte_add(count);
+            first.iov_len -= count;
+            self.bytes -= count;
+        }
+    }
 }
 
 #[cfg(test)]
@@ -428,6 +486,44 @@ mod tests {
         assert_eq!((pieces.count(), pieces.bytes()), (1, 2));
         pieces.remove_first(9);
         assert_eq!((pieces.count(), pieces.bytes()), (0, 0));
+    }
+
+    #[test]
+    fn guest_pieces_are_moved_to_and_from_places_of_a_file() {
+        use std::os::fd::AsFd;
+
+        use vm_memory::Bytes;
+        use vmm_sys_util::tempfile::TempFile;
+
+        let memory = crate::testing::memory(1);
+        memory.write_slice(b"abcdefgh", GuestAddress(0x1000)).unwrap();
+        let file = TempFile::new().unwrap().into_file();
+        let mut pieces = GuestPieces::new(memory.clone());
+        let fill = |pieces: &mut GuestPieces| {
+            for (address, len) in [(0x1004, 4), (0x1000, 0), (0x1000, 4)] {
+                pieces.push(GuestAddress(address), len).unwrap();
+            }
+        };
+        fill(&mut pieces);
+        pieces.write_all_at(file.as_fd(), 3).unwrap();
+        assert_eq!((pieces.count(), pieces.bytes()), (0, 0));
+        fill(&mut pieces);
+        memory.write_slice(b"........", GuestAddress(0x1000)).unwrap();
+        pieces.read_all_at(file.as_fd(), 3).unwrap();
+        assert_eq!(memory.read_obj::<[u8; 8]>(GuestAddress(0x1000)).unwrap(), *b"abcdefgh");
+        fill(&mut pieces);
+        let short = pieces.read_all_at(file.as_fd(), 5).unwrap_err();
+        assert_eq!((short.kind(), pieces.bytes()), (io::ErrorKind::UnexpectedEof, 2));
+    }
+
+    #[test]
+    fn guest_pieces_lose_bytes_at_their_front() {
+        let mut pieces = GuestPieces::new(crate::testing::memory(1));
+        [3, 0, 2].map(|len| pieces.push(GuestAddress(0x1000), len).unwrap());
+        for (removed, left) in [(0, (3, 5)), (2, (3, 3)), (1, (1, 2)), (1, (1, 1)), (9, (0, 0))] {
+            pieces.remove_bytes(removed);
+            assert_eq!((pieces.count(), pieces.bytes()), left, "{removed}");
+        }
     }
 
     #[test]

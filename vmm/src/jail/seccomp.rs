@@ -28,6 +28,8 @@ pub enum Kind {
     Network,
     /// Has the kernel serve a network interface.
     VhostNetwork,
+    /// Serves a disk.
+    Block,
     /// Serves a client of the control socket, or shuts the guest down.
     Control,
     /// Removes the pod's directory.
@@ -35,24 +37,26 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::EventLoop,
         Self::Vcpu,
         Self::Files,
         Self::Network,
         Self::VhostNetwork,
+        Self::Block,
         Self::Control,
         Self::Janitor,
     ];
 
     fn calls(self) -> &'static [&'static [Call]] {
         match self {
-            Self::EventLoop => &[BASIC, EVENTS, SOCKETS, THREADS, END],
+            Self::EventLoop => &[BASIC, EVENTS, SOCKETS, THREADS, END, ATTACHMENT, DISK],
             Self::Vcpu => &[BASIC, RUN, ACTIVATION],
             Self::Files => &[BASIC, EVENTS, FILES],
             Self::Network => &[BASIC, EVENTS, FRAMES],
             Self::VhostNetwork => &[BASIC, EVENTS, VHOST],
-            Self::Control => &[BASIC, SOCKETS, THREADS],
+            Self::Block => &[BASIC, EVENTS, DISK],
+            Self::Control => &[BASIC, EVENTS, SOCKETS, THREADS, ATTACHMENT, DISK],
             Self::Janitor => &[BASIC, REMOVAL],
         }
     }
@@ -192,6 +196,24 @@ const ACTIVATION: &[Call] = &[
     when(libc::SYS_ioctl, 1, Is(libc::TUNSETOFFLOAD)),
 ];
 
+/// `KVM_IRQFD` and `KVM_IOEVENTFD` (`linux/kvm.h`).
+const KVM_IRQFD: u64 = 0x4020_ae76;
+const KVM_IOEVENTFD: u64 = 0x4040_ae79;
+
+/// A disk that comes while the guest runs: the open file arrives on the control socket, whose clients are the pod's owner; its size is
+/// looked up, and KVM is told of its slot. What the disk's thread does is listed for the one that starts it, too.
+const ATTACHMENT: &[Call] = &[
+    any(libc::SYS_recvmsg),
+    any(libc::SYS_lseek),
+    any(libc::SYS_eventfd2),
+    when(libc::SYS_ioctl, 1, Is(KVM_IRQFD)),
+    when(libc::SYS_ioctl, 1, Is(KVM_IOEVENTFD)),
+];
+
+/// Requests to a disk.
+const DISK: &[Call] =
+    &[any(libc::SYS_preadv), any(libc::SYS_pwritev), any(libc::SYS_fdatasync), any(libc::SYS_fallocate)];
+
 /// Frames of a tap.
 const FRAMES: &[Call] = &[any(libc::SYS_readv), any(libc::SYS_writev)];
 
@@ -281,25 +303,36 @@ const FILES: &[Call] = &[
 /// Directories are removed, files are not.
 const REMOVAL: &[Call] = &[when(libc::SYS_unlinkat, 2, Is(bits(libc::AT_REMOVEDIR)))];
 
-/// All filters, once the process is to be jailed.
+/// The filters, once the process is to be jailed.
 static FILTERS: OnceLock<Filters> = OnceLock::new();
 
 struct Filters {
-    kinds: [BpfProgram; Kind::ALL.len()],
+    /// Compiled by the first thread of each kind: most VMs have none of some.
+    kinds: [OnceLock<BpfProgram>; Kind::ALL.len()],
     without_clone3: BpfProgram,
 }
 
-/// Compiles all filters; from now on threads are confined by [`confine`].
+impl Filters {
+    fn of(&self, kind: Kind) -> Result<&BpfProgram, BackendError> {
+        let filter = &self.kinds[kind as usize];
+        if filter.get().is_none() {
+            // Another thread may have been faster, with the same.
+            let _ = filter.set(compile(kind)?);
+        }
+        Ok(filter.get_or_init(BpfProgram::new))
+    }
+}
+
+/// From now on threads are confined by [`confine`].
 ///
 /// # Errors
 /// A list that does not compile, which tests exclude.
 pub(super) fn prepare() -> Result<(), BackendError> {
-    let mut kinds = [const { BpfProgram::new() }; Kind::ALL.len()];
-    for kind in Kind::ALL {
-        kinds[kind as usize] = compile(kind)?;
-    }
-    // A second call would find equal ones.
-    let _ = FILTERS.set(Filters { kinds, without_clone3: without_clone3()? });
+    // A second call would find an equal one.
+    let _ = FILTERS.set(Filters {
+        kinds: [const { OnceLock::new() }; Kind::ALL.len()],
+        without_clone3: without_clone3()?,
+    });
     Ok(())
 }
 
@@ -308,11 +341,12 @@ pub(super) fn prepare() -> Result<(), BackendError> {
 pub fn confine(kind: Kind) {
     let Some(filters) = FILTERS.get() else { return };
     let also = (kind == Kind::EventLoop).then_some(&filters.without_clone3);
-    for program in also.into_iter().chain([&filters.kinds[kind as usize]]) {
-        if let Err(error) = seccompiler::apply_filter(program) {
-            report::warn("A thread cannot be confined, so the VM was ended", &error);
-            std::process::exit(ExitCode::Host as i32);
-        }
+    let applied = filters.of(kind).map_err(seccompiler::Error::from).and_then(|filter| {
+        also.into_iter().chain([filter]).try_for_each(|program| seccompiler::apply_filter(program))
+    });
+    if let Err(error) = applied {
+        report::warn("A thread cannot be confined, so the VM was ended", &error);
+        std::process::exit(ExitCode::Host as i32);
     }
 }
 
@@ -405,11 +439,16 @@ mod tests {
             libc::SYS_keyctl,
             libc::SYS_io_uring_setup,
             libc::SYS_userfaultfd,
-            libc::SYS_recvmsg,
         ];
         for kind in Kind::ALL {
-            let mut calls = kind.calls().iter().copied().flatten();
-            assert!(calls.all(|Call(call, _)| !never.contains(call)), "{kind:?}");
+            let calls = || kind.calls().iter().copied().flatten();
+            assert!(calls().all(|Call(call, _)| !never.contains(call)), "{kind:?}");
+            let takes_descriptors = matches!(kind, Kind::EventLoop | Kind::Control);
+            assert_eq!(
+                calls().any(|Call(call, _)| *call == libc::SYS_recvmsg),
+                takes_descriptors,
+                "{kind:?}"
+            );
         }
     }
 

@@ -64,6 +64,7 @@ pub trait Device: Send {
 #[repr(u32)]
 pub enum DeviceKind {
     Net = virtio_bindings::virtio_ids::VIRTIO_ID_NET,
+    Block = virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK,
     Rng = virtio_bindings::virtio_ids::VIRTIO_ID_RNG,
     Vsock = virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK,
     Fs = virtio_bindings::virtio_ids::VIRTIO_ID_FS,
@@ -78,6 +79,7 @@ impl DeviceKind {
             Self::Vsock => "vsock",
             Self::Fs => "fs",
             Self::Net => "net",
+            Self::Block => "block",
         }
     }
 }

@@ -20,6 +20,7 @@ use super::irq::{Interrupt, USED_BUFFER};
 use super::queue::QueueConfig;
 use super::registers::Registers;
 use crate::bus::{BusDevice, Effect};
+use crate::wires::Wires;
 
 /// "virt" in little-endian ASCII.
 const MAGIC: u32 = 0x7472_6976;
@@ -67,14 +68,9 @@ pub struct MmioTransport<H> {
 }
 
 impl<H: WorkerHost> MmioTransport<H> {
-    /// `kicks` are registered with KVM as ioeventfds, one for each queue of the device.
-    pub fn new(
-        device: Box<dyn Device>,
-        memory: GuestMemoryMmap,
-        interrupt: Interrupt,
-        kicks: Vec<EventFd>,
-        host: H,
-    ) -> Self {
+    /// A device in the slot whose `wires` these are.
+    pub fn new(device: Box<dyn Device>, memory: GuestMemoryMmap, wires: Wires, host: H) -> Self {
+        let Wires { interrupt, kicks } = wires;
         let queues = device.queue_sizes().iter().map(|size| QueueConfig::new(*size)).collect();
         let transport = Self {
             device,
@@ -260,6 +256,17 @@ impl<H: WorkerHost> MmioTransport<H> {
         self.host.start(worker, self.interrupt.clone())
     }
 
+    /// Whether a driver has the device, or has failed with it.
+    pub(crate) fn is_in_use(&self) -> bool {
+        self.status != 0
+    }
+
+    /// Takes the device out of its slot, which is a placeholder then (4.2.2, DeviceID). Its worker is gone when this returns.
+    pub(crate) fn remove(mut self) {
+        self.reset();
+        self.registers().set(register::VIRTIO_MMIO_DEVICE_ID, 0);
+    }
+
     /// Back to the state after power-on; the worker is gone when this returns.
     fn reset(&mut self) {
         self.running = None;
@@ -379,9 +386,9 @@ mod tests {
         fn new() -> Self {
             let workers = Arc::new(AtomicUsize::new(0));
             let kicks = vec![testing::event(), testing::event()];
+            let wires = Wires { interrupt: testing::interrupt().0, kicks };
             let device = Box::new(Dummy(workers.clone()));
-            let transport =
-                MmioTransport::new(device, testing::memory(1), testing::interrupt().0, kicks, Holder);
+            let transport = MmioTransport::new(device, testing::memory(1), wires, Holder);
             Self { transport, workers }
         }
 

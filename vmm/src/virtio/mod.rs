@@ -3,6 +3,7 @@
 //! [`device`] says what a device is, [`queue`] and [`irq`] are what it works with, `mmio` is the transport over [`registers`]; each
 //! device has a file or folder of its own and knows none of the others.
 
+pub mod block;
 pub mod device;
 pub mod fs;
 pub mod irq;

@@ -17,7 +17,7 @@ use crate::arch::x86_64::layout::VIRTIO_MMIO_SIZE;
 const CONFIG_SIZE: usize = 256;
 
 /// The registers of all slots, one after the other.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct RegisterFile(Arc<MmapRegion>);
 
 impl RegisterFile {

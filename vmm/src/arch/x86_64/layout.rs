@@ -4,7 +4,7 @@
 //! 0x0000_0500  GDT                      0x0000_7000  boot parameters ("zero page")
 //! 0x0000_9000  page tables (3 pages)    0x0002_0000  kernel command line
 //! 0x0009_fc00  MP table (1 KiB)         0x0010_0000  memory for the kernel and everything else
-//! 0xd000_0000  virtio-mmio slots, 4 KiB each
+//! 0xd000_0000  virtio-mmio slots, 4 KiB each: those of devices that are there from the start, then those of disks
 //! 0xfec0_0000  IOAPIC                   0xfee0_0000  local APICs
 //! 0xfffb_c000  KVM's identity map and TSS (3+1 pages; used by Intel real mode only)
 //! 0x1_0000_0000  memory above the hole
@@ -34,13 +34,21 @@ pub const HIGH_MEMORY: u64 = 0x10_0000;
 pub const HOLE_START: u64 = 0xd000_0000;
 pub const HOLE_END: u64 = 0x1_0000_0000;
 
-/// virtio-mmio slot n is at `VIRTIO_MMIO + n * VIRTIO_MMIO_SIZE`.
+/// Where the virtio-mmio slots begin, see [`virtio_slot`].
 pub const VIRTIO_MMIO: u64 = HOLE_START;
 pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
 /// Interrupt of slot n is `VIRTIO_IRQ + n`: the ISA interrupts 0 to 4 have PC uses (timer, cascade, COM1).
 pub const VIRTIO_IRQ: u32 = 5;
 /// So many slots have an interrupt pin of the IOAPIC of their own, up to the last ISA interrupt.
 pub const VIRTIO_SLOTS: u32 = 11;
+/// So many slots more are for disks that come while the guest runs. They share one interrupt: virtio-mmio drivers do.
+pub const DISK_SLOTS: u32 = 16;
+
+/// Address of a virtio-mmio slot.
+#[must_use]
+pub const fn virtio_slot(slot: u32) -> u64 {
+    VIRTIO_MMIO + slot as u64 * VIRTIO_MMIO_SIZE
+}
 
 pub const IOAPIC: u32 = 0xfec0_0000;
 pub const LOCAL_APIC: u32 = 0xfee0_0000;
