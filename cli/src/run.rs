@@ -23,7 +23,7 @@ use crate::signals::Signals;
 pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
     let timings = Arc::new(Timings::default());
     timings.mark("krx main");
-    let (config, container, exec) = plan(arguments)?;
+    let (config, mut container, exec) = plan(arguments)?;
     let root = StateRoot::from_env();
     for Finding { what, meaning, remedy, .. } in preflight::check_start(&root, config.memory_mib)? {
         eprintln!("krx: warning: {what}: {meaning}. {remedy}");
@@ -37,6 +37,8 @@ pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
                 "krx: warning: the network namespace has no interface that is up but lo: the pod has no network"
             );
         }
+        // They go with the pod.
+        pod.attach_disks(&mut container)?;
         let process = pod.create(&container.spec)?;
         timings.mark("container created");
         pod.publish(Some(PodContainer {

@@ -49,7 +49,8 @@ pub(crate) type Report = Result<(), AgentError>;
 
 /// The container's first process; it is in the container's namespaces already, but for the cgroup namespace.
 pub(crate) fn first(plan: &ContainerPlan, ends: &ChildEnds) -> ! {
-    run(ends, &plan.process, &[], || {
+    let disk: Vec<_> = plan.root.disk.iter().map(AsFd::as_fd).collect();
+    run(ends, &plan.process, &disk, || {
         let proc = open_proc()?;
         // Here and not at the fork: its root is the cgroup of the process that makes it.
         let cgroup = plan.namespaces & CloneFlags::CLONE_NEWCGROUP;

@@ -2,6 +2,7 @@
 //! looking is judged here, before any process exists. Pure; `rootfs` and `child` carry the plan out.
 
 use std::ffi::CString;
+use std::os::fd::OwnedFd;
 
 use krx_proto::{AgentError, ContainerSpec, Device, MOUNT_LIVE, MOUNT_SHM, Mount, Namespace, validate_id};
 use nix::sched::CloneFlags;
@@ -37,7 +38,10 @@ pub(crate) struct ContainerPlan {
 /// The container's file system view.
 #[derive(Debug)]
 pub(crate) struct RootPlan {
+    /// A directory of the guest; not looked at where there is a disk.
     pub(crate) path: CString,
+    /// Mounted, and attached nowhere.
+    pub(crate) disk: Option<OwnedFd>,
     pub(crate) readonly: bool,
     pub(crate) mounts: Vec<MountPlan>,
     pub(crate) masked: Vec<String>,
@@ -102,6 +106,7 @@ impl ContainerPlan {
             hostname: spec.hostname,
             root: RootPlan {
                 path: c_string("rootfs", spec.rootfs)?,
+                disk: None,
                 readonly: spec.root_readonly,
                 mounts: mounts(&spec.id, spec.mounts)?,
                 masked: spec.masked_paths,

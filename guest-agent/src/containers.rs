@@ -15,6 +15,7 @@ use nix::sched::{CloneFlags, setns};
 use crate::cgroup::{self, Cgroup};
 use crate::child;
 use crate::container::{ContainerPlan, MountKind, RootPlan};
+use crate::disks;
 use crate::error::{Doing, StepError, invalid};
 use crate::forked::{Process, fork};
 use crate::freezer::Freezer;
@@ -96,6 +97,7 @@ impl Containers {
             Request::Identity { hostname, sysctls } => {
                 identity::apply(hostname.as_deref(), sysctls).map(|()| Some(Answer::Done))
             }
+            Request::ReleaseDisk { slot } => disks::release(slot).map(|()| Some(Answer::Done)),
             Request::Network(spec) => network::apply(&spec).map(|()| Some(Answer::Done)),
             // The server's own: it ends all of this.
             Request::Shutdown => Ok(Some(Answer::Done)),
@@ -211,9 +213,12 @@ impl Containers {
         processes.all(|process| process.life.has_exited())
     }
 
-    fn create(&mut self, caller: Caller, spec: ContainerSpec) -> Result<Option<Answer>, AgentError> {
+    fn create(&mut self, caller: Caller, mut spec: ContainerSpec) -> Result<Option<Answer>, AgentError> {
         let id = spec.id.clone();
-        let plan = ContainerPlan::new(spec)?;
+        disks::attach(&mut spec)?;
+        let disk = disks::mount_root(&spec.disks)?;
+        let mut plan = ContainerPlan::new(spec)?;
+        plan.root.disk = disk;
         if self.containers.contains_key(&id) {
             return Err(AgentError::new(ErrorKind::Exists, format_args!("Container {id} exists already")));
         }

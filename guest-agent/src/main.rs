@@ -11,6 +11,7 @@ mod containers;
 mod control;
 mod credentials;
 mod device_filter;
+mod disks;
 mod error;
 mod forked;
 mod forward;

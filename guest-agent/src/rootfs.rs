@@ -123,7 +123,7 @@ impl Root {
 pub(crate) fn enter(plan: &RootPlan, cwd: &str) -> Result<Root, StepError> {
     let sources = plan.mounts.iter().map(source).collect::<Result<Vec<_>, _>>()?;
     let null = open_guest(c"/dev/null").doing(|| "Cannot open the guest's /dev/null")?;
-    let root = enter_root(&plan.path)?;
+    let root = enter_root(plan)?;
     for (mount, source) in plan.mounts.iter().zip(sources) {
         mount_one(&root, mount, source)?;
     }
@@ -172,13 +172,18 @@ fn live_source<'a>(volume: &'a CStr, copy: &'a CStr) -> &'a CStr {
     }
 }
 
-fn enter_root(path: &CStr) -> Result<Root, StepError> {
-    let doing = || format!("Cannot use {} as root file system", path.to_string_lossy());
-    let place = open_guest(path).doing(doing)?;
-    if !is_directory(place.as_fd()).doing(doing)? {
-        return Err(StepError::new(doing(), Errno::ENOTDIR));
-    }
-    let root = clone_tree(place.as_fd(), c"", true).doing(doing)?;
+fn enter_root(plan: &RootPlan) -> Result<Root, StepError> {
+    let doing = || format!("Cannot use {} as root file system", plan.path.to_string_lossy());
+    let root = match &plan.disk {
+        Some(disk) => disk.try_clone().doing(doing)?,
+        None => {
+            let place = open_guest(&plan.path).doing(doing)?;
+            if !is_directory(place.as_fd()).doing(doing)? {
+                return Err(StepError::new(doing(), Errno::ENOTDIR));
+            }
+            clone_tree(place.as_fd(), c"", true).doing(doing)?
+        }
+    };
     let initramfs = open("/", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).doing(doing)?;
     for mount in GUEST_MOUNTS {
         umount2(mount, MntFlags::MNT_DETACH).doing(|| format!("Cannot take {mount} of the guest away"))?;
@@ -223,7 +228,7 @@ fn is_late_read_only(plan: &MountPlan) -> bool {
     tmpfs && plan.options.attributes.set & libc::MOUNT_ATTR_RDONLY != 0
 }
 
-fn file_system<'a>(
+pub(crate) fn file_system<'a>(
     kind: &CStr,
     parameters: impl Iterator<Item = (&'a CStr, Option<&'a CStr>)>,
     doing: impl Fn() -> String,

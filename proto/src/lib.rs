@@ -18,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 mod devices;
+mod disks;
 mod forward;
 mod frame;
 mod message;
@@ -27,6 +28,7 @@ mod spec;
 mod stats;
 
 pub use devices::{Device, DeviceAccess, DeviceKind, DeviceRule};
+pub use disks::{Disk, DiskUse, MAX_DISKS};
 /// What a frame can be decoded to.
 pub use serde::de::DeserializeOwned;
 

@@ -76,6 +76,9 @@ pub enum Request {
     /// Gives the guest itself what containers without namespaces of their own find: its host name (where one is given) and
     /// kernel parameters.
     Identity { hostname: Option<String>, sysctls: Vec<(String, String)> },
+    /// Has the guest's kernel let go of a disk (see [`Disk`](crate::Disk)), so that it can be taken away. Refused
+    /// ([`ErrorKind::WrongState`]) while something in the guest uses it.
+    ReleaseDisk { slot: u32 },
     /// Gives the guest the network of the pod; once, before containers are made that are to find it.
     Network(Box<NetworkSpec>),
 }

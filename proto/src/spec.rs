@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::devices::{Device, DeviceRule};
+use crate::disks::Disk;
 use crate::resources::Resources;
 
 /// One container. Paths are paths in the guest.
@@ -29,6 +30,8 @@ pub struct ContainerSpec {
     /// Beside the nodes that every container has; below `/dev`.
     pub devices: Vec<Device>,
     pub device_rules: Vec<DeviceRule>,
+    /// To be let go of by [`Request::ReleaseDisk`](crate::Request::ReleaseDisk), whether the container can be made or not.
+    pub disks: Vec<Disk>,
     /// The first process.
     pub process: ProcessSpec,
 }

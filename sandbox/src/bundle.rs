@@ -21,6 +21,7 @@ use oci_spec::runtime::{Linux, Spec};
 use serde_json::Value;
 
 use crate::container::{Container, ContainerError};
+use crate::disks::HostDisk;
 use crate::image_file;
 use crate::volume::destination;
 
@@ -132,12 +133,13 @@ fn read_bundle(name: &str, directory: &Path, pod: Option<&PodNamespaces>) -> Res
     let raw: Value = serde_json::from_slice(&json).map_err(failed)?;
     let spec: Spec = serde_json::from_slice(&json).map_err(failed)?;
     check(&raw)?;
-    let mut container = container_spec(name, &spec, pod)?;
+    let (mut container, disks) = container_spec(name, &spec, pod)?;
     container.resources = resources::read(raw.pointer("/linux/resources").unwrap_or(&Value::Null))?;
     let root = spec.root().as_ref().ok_or(BundleError::Missing("root"))?;
     let mut container =
         Container::new(container, &directory.join(root.path()), pod.map_or("", |pod| &pod.share_prefix))
             .map_err(BundleError::Container)?;
+    disks.into_iter().for_each(|disk| container.add_disk(disk));
     for (index, mount) in spec.mounts().iter().flatten().enumerate() {
         add_mount(&mut container, directory, &format!("mounts[{index}]"), mount, pod.is_some())?;
     }
@@ -211,7 +213,7 @@ fn container_spec(
     name: &str,
     spec: &Spec,
     pod: Option<&PodNamespaces>,
-) -> Result<ContainerSpec, BundleError> {
+) -> Result<(ContainerSpec, Vec<HostDisk>), BundleError> {
     let linux = spec.linux().clone().unwrap_or_else(no_linux);
     let process = spec.process().as_ref().ok_or(BundleError::Missing("process"))?;
     let propagation = linux.rootfs_propagation().as_deref().unwrap_or_default();
@@ -224,9 +226,11 @@ fn container_spec(
         return Err(invalid("hostname", "needs a namespace of type uts"));
     }
     let rules = linux.resources().as_ref().and_then(|resources| resources.devices().clone());
+    let rules = rules.as_deref().unwrap_or_default();
+    let nodes = devices::nodes(linux.devices().as_deref().unwrap_or_default(), rules)?;
     let mut sysctls: Vec<_> = linux.sysctl().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
     sysctls.sort_unstable();
-    Ok(ContainerSpec {
+    let container = ContainerSpec {
         id: name.into(),
         root_readonly: spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly).unwrap_or(false),
         // The pod's is set by its sandbox.
@@ -235,14 +239,15 @@ fn container_spec(
         masked_paths: linux.masked_paths().clone().unwrap_or_default(),
         readonly_paths: linux.readonly_paths().clone().unwrap_or_default(),
         sysctls,
-        devices: devices::nodes(linux.devices().as_deref().unwrap_or_default())?,
-        device_rules: devices::rules(rules.as_deref().unwrap_or_default())?,
+        device_rules: devices::rules(rules, &nodes.disks)?,
+        devices: nodes.devices,
         process: ProcessSpec {
             seccomp: linux.seccomp().as_ref().map(seccomp::read).transpose()?.flatten(),
             ..process::read(process)?
         },
         ..ContainerSpec::default()
-    })
+    };
+    Ok((container, nodes.disks))
 }
 
 /// Nothing of what `Linux::default` would ask for.

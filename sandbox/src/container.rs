@@ -7,9 +7,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use krx_proto::{ContainerSpec, Mount, SHARE_PATH};
+use krx_proto::{ContainerSpec, DiskUse, Mount, SHARE_PATH};
 use krx_vmm::config::ShareEntry;
 
+use crate::disks::HostDisk;
 use crate::volume::{Volume, VolumeError};
 use crate::{default_spec, mount_points};
 
@@ -51,6 +52,7 @@ pub struct Container {
     shared: Vec<ShareEntry>,
     /// What its names in the share begin with: those of several containers must differ.
     prefix: String,
+    disks: Vec<HostDisk>,
 }
 
 impl Container {
@@ -75,7 +77,7 @@ impl Container {
         let name = format!("{prefix}{ROOTFS}");
         spec.rootfs = format!("{SHARE_PATH}/{name}");
         let shared = vec![ShareEntry { name, source, read_only: false }];
-        Ok(Self { spec, shared, prefix: prefix.into() })
+        Ok(Self { spec, shared, prefix: prefix.into(), disks: Vec::new() })
     }
 
     /// Shares a directory or file of the host and returns where the guest finds it.
@@ -84,6 +86,20 @@ impl Container {
         let path = format!("{SHARE_PATH}/{name}");
         self.shared.push(ShareEntry { name, source, read_only });
         path
+    }
+
+    /// Gives it a disk. With one that is its root, what is in the root's directory on the host is no concern of it.
+    pub fn add_disk(&mut self, disk: HostDisk) {
+        self.disks.push(disk);
+    }
+
+    #[must_use]
+    pub fn disks(&self) -> &[HostDisk] {
+        &self.disks
+    }
+
+    fn has_root_on_disk(&self) -> bool {
+        self.disks.iter().any(|disk| matches!(disk.is, DiskUse::Root { .. }))
     }
 
     /// Mounts volumes over all other mounts, those nearer to the root first.
@@ -112,7 +128,7 @@ impl Container {
     /// # Errors
     /// A mount point cannot be made.
     pub fn finish(&mut self) -> Result<(), ContainerError> {
-        if !self.spec.root_readonly {
+        if !self.spec.root_readonly || self.has_root_on_disk() {
             return Ok(());
         }
         let mounts = &self.spec.mounts;
@@ -148,7 +164,8 @@ impl Container {
     /// Entries of the pod's share.
     #[must_use]
     pub fn shared(&self) -> &[ShareEntry] {
-        &self.shared
+        let without_root = usize::from(self.has_root_on_disk()).min(self.shared.len());
+        &self.shared[without_root..]
     }
 }
 
@@ -207,6 +224,22 @@ mod tests {
         assert!(scratch.path().join("data/in").is_dir() && scratch.path().join("etc/one").is_file());
         // Covered by the file system on /dev.
         assert!(scratch.path().join("dev").is_dir() && !scratch.path().join("dev/pts").exists());
+    }
+
+    #[test]
+    fn a_root_on_a_disk_is_not_shared_and_not_touched() {
+        let scratch = Scratch::new("container");
+        let mut container = Container::on_rootfs("c", scratch.path()).unwrap();
+        container.add_volumes(vec![volume("/data", true)]).unwrap();
+        container.spec.root_readonly = true;
+        let source = crate::disks::Source::Path("/image".into());
+        let is = DiskUse::Root { kind: "erofs".into(), options: Vec::new() };
+        container.add_disk(HostDisk { source, read_only: true, is });
+        container.finish().unwrap();
+        let names: Vec<_> = container.shared().iter().map(|entry| entry.name.as_str()).collect();
+        assert_eq!(names, ["volume-1"]);
+        assert_eq!(container.share("/tmp".into(), true), "/run/krx/share/volume-2");
+        assert!(std::fs::read_dir(scratch.path()).unwrap().next().is_none());
     }
 
     #[test]

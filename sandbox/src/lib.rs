@@ -18,6 +18,7 @@ pub mod capability;
 pub mod cgroup_child;
 pub mod container;
 pub mod default_spec;
+pub mod disks;
 mod image_file;
 pub mod live_volumes;
 mod mount_points;

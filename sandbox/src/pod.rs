@@ -11,6 +11,8 @@ use krx_vmm::config::{Config, ConfigError, Share, ShareEntry};
 
 use crate::agent::{AgentClient, CallError, Pending};
 use crate::artifacts::Artifacts;
+use crate::container::Container;
+use crate::disks::{Attached, DiskError};
 use crate::network::{Network, NetworkError};
 use crate::port_forward::{PortForward, PortForwardError};
 use crate::process::Process;
@@ -52,6 +54,8 @@ pub enum PodError {
         #[source]
         verdict: VmmError,
     },
+    #[error("Container cannot have its disks")]
+    Disk(#[source] DiskError),
     #[error("Agent does not make the container")]
     Create(#[source] CallError),
     #[error("Container's process cannot be run")]
@@ -155,6 +159,24 @@ impl Pod {
             memory_mib,
             jail,
         })
+    }
+
+    /// Gives the VM the disks of a container that is to be made next.
+    ///
+    /// # Errors
+    /// One of them cannot be had; then none is.
+    pub fn attach_disks(&self, container: &mut Container) -> Result<Attached, PodError> {
+        if container.disks().is_empty() {
+            return Ok(Attached::default());
+        }
+        let (attached, disks) = Attached::attach(container.disks(), &self.vmm).map_err(PodError::Disk)?;
+        container.spec.disks = disks;
+        Ok(attached)
+    }
+
+    /// Takes the disks of a container that has ended away; `answers` says whether the guest can be asked to let go of them.
+    pub fn detach_disks(&self, disks: &Attached, answers: bool) {
+        disks.detach(answers.then_some(&self.agent), &self.vmm);
     }
 
     /// Makes a container, whose first process is stopped before its exec. What it shares is in the share already.

@@ -10,7 +10,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Seek, Write};
+use std::io::{self, BufRead, BufReader, IoSlice, Read, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -21,10 +21,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use krx_vmm::config::Config;
+use krx_vmm::disks::DiskPlace;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::{Pid, pipe2};
 use serde_json::{Value, json};
@@ -288,8 +290,32 @@ impl VmmProcess {
         serde_json::from_value(answer["phases"].take()).map_err(|error| VmmError::Control(error.into()))
     }
 
+    /// Makes an open file a disk of the guest, which is to be told where.
+    ///
+    /// # Errors
+    /// As [`Self::pause`].
+    pub fn attach_disk(&self, file: &File, read_only: bool) -> Result<DiskPlace, VmmError> {
+        let request = json!({ "attach_disk": { "read_only": read_only } });
+        let mut answer = self.ask("attach_disk", &request, Some(file))?;
+        serde_json::from_value(answer["disk"].take()).map_err(|error| VmmError::Control(error.into()))
+    }
+
+    /// Takes a disk away and closes its file, whatever the guest does with it.
+    ///
+    /// # Errors
+    /// As [`Self::pause`].
+    pub fn detach_disk(&self, slot: u32) -> Result<(), VmmError> {
+        self.ask("detach_disk", &json!({ "detach_disk": { "slot": slot } }), None).map(drop)
+    }
+
     fn request(&self, request: &'static str) -> Result<Value, VmmError> {
-        let answer = self.exchange(request).map_err(VmmError::Control)?;
+        self.ask(request, &json!(request), None)
+    }
+
+    /// `name` is that of the request.
+    fn ask(&self, name: &'static str, request: &Value, file: Option<&File>) -> Result<Value, VmmError> {
+        let answer = self.exchange(request, file).map_err(VmmError::Control)?;
+        let request = name;
         match answer.get("error") {
             None => Ok(answer),
             Some(error) => {
@@ -301,14 +327,17 @@ impl VmmProcess {
 
     /// One JSON request a line, one JSON answer a line. Answers are `{"ok":...}`, `{"error":"..."}` or the
     /// request's own.
-    fn exchange(&self, request: &'static str) -> io::Result<Value> {
+    fn exchange(&self, request: &Value, file: Option<&File>) -> io::Result<Value> {
         let path = self.control.as_deref().ok_or(io::ErrorKind::NotConnected)?;
         let socket = UnixStream::connect(path)?;
         socket.set_read_timeout(Some(CONTROL_TIMEOUT))?;
         socket.set_write_timeout(Some(CONTROL_TIMEOUT))?;
         let mut line = json!({ "request": request }).to_string();
         line.push('\n');
-        (&socket).write_all(line.as_bytes())?;
+        match file {
+            None => (&socket).write_all(line.as_bytes())?,
+            Some(file) => send_with(&socket, line.as_bytes(), file)?,
+        }
         let mut answer = String::new();
         BufReader::new(socket.take(MAX_ANSWER)).read_line(&mut answer)?;
         Ok(serde_json::from_str(&answer)?)
@@ -376,6 +405,16 @@ fn read_tail(mut from: impl Read, live: bool) -> String {
         tail.drain(..tail.len().saturating_sub(MAX_REPORT));
     }
     String::from_utf8_lossy(tail.make_contiguous()).into_owned()
+}
+
+/// Sends a line, and passes a file with it (unix(7), SCM_RIGHTS).
+fn send_with(socket: &UnixStream, line: &[u8], file: &File) -> io::Result<()> {
+    let passed = [file.as_raw_fd()];
+    let rights = [ControlMessage::ScmRights(&passed)];
+    let sent =
+        sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(line)], &rights, MsgFlags::MSG_NOSIGNAL, None)?;
+    // The file goes with the first byte.
+    (&*socket).write_all(&line[sent..])
 }
 
 /// The configuration as a file in memory, at its beginning.

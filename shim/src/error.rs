@@ -6,8 +6,10 @@ use containerd_shim_protos::ttrpc::{self, Code};
 use krx_proto::{ErrorKind, FrameError};
 use krx_sandbox::agent::CallError;
 use krx_sandbox::bundle::BundleError;
+use krx_sandbox::disks::DiskError;
 use krx_sandbox::pod::PodError;
 use krx_sandbox::share::ShareError;
+use krx_sandbox::vmm_process::VmmError;
 
 use crate::config_json::ConfigJsonError;
 
@@ -124,6 +126,11 @@ impl From<PodError> for ShimError {
             PodError::Create(call) | PodError::Start(call) | PodError::Guest(call) => code_of_call(call),
             PodError::Config(_) => Code::INVALID_ARGUMENT,
             PodError::State(_) => Code::FAILED_PRECONDITION,
+            PodError::Disk(error) => match error {
+                DiskError::Attach { source: VmmError::Control(_), .. } => Code::UNAVAILABLE,
+                DiskError::Kind(_) | DiskError::TooMany => Code::INVALID_ARGUMENT,
+                _ => Code::FAILED_PRECONDITION,
+            },
             _ => Code::UNAVAILABLE,
         };
         Self::of(code, &error)

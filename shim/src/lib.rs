@@ -28,6 +28,7 @@ mod observe;
 pub mod pod_config;
 mod process;
 mod requests;
+mod root_disk;
 mod sandbox_service;
 mod serve;
 mod service;

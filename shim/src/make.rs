@@ -10,14 +10,15 @@ use krx_proto::{ProcessSpec, Request};
 use krx_sandbox::agent::Pending;
 use krx_sandbox::bundle::{self, PodNamespaces};
 use krx_sandbox::container::Container;
-use krx_sandbox::share::{Placed, Prepared};
+use krx_sandbox::share::Prepared;
 use krx_sandbox::timings::Timings;
 
 use crate::config_json::{ConfigJson, Role};
 use crate::error::{Result, ShimError};
 use crate::io::{Connected, Stdio};
 use crate::requests::KILL;
-use crate::vm::Vm;
+use crate::root_disk;
+use crate::vm::{Belongings, Vm};
 
 /// What containerd says of a container to be made.
 #[derive(Debug)]
@@ -36,7 +37,7 @@ pub(crate) struct Order {
 #[derive(Debug)]
 pub(crate) struct Made {
     pub(crate) spec: ProcessSpec,
-    pub(crate) placed: Placed,
+    pub(crate) placed: Belongings,
     pub(crate) connected: Connected,
 }
 
@@ -101,7 +102,10 @@ fn prepare(container: &mut Container, order: &Order) -> Result<Prepared> {
     // The host's CPUs are not the guest's, and the kubelet's CPU manager knows those of the host.
     container.spec.resources.cpuset_cpus = None;
     container.spec.resources.cpuset_mems = None;
-    let prepared = Prepared::new(container, |root| mount_all(&order.rootfs, root))?;
+    let disk = root_disk::of(&order.rootfs)?;
+    let mounts = if disk.is_some() { &[] } else { order.rootfs.as_slice() };
+    disk.into_iter().for_each(|disk| container.add_disk(disk));
+    let prepared = Prepared::new(container, |root| mount_all(mounts, root))?;
     order.timings.mark("files ready");
     Ok(prepared)
 }
@@ -126,14 +130,6 @@ fn check_mount(mount: &Mount) -> containerd_shim::Result<()> {
     if Path::new(&mount.target).components().any(|part| part == Component::ParentDir) {
         return refused(format!("mount target {:.100} leads out of the root file system", mount.target));
     }
-    if mount.options.iter().any(|option| option == "loop") {
-        // The library closes the loop device before it mounts it, and Linux then takes the file away.
-        return refused(format!(
-            "{:.100} is the image of a file system in a file (option loop), which krx does not take: \
-             choose a snapshotter of directories or block devices, like overlayfs",
-            mount.source
-        ));
-    }
     let layers = mount.options.iter().filter_map(|option| option.strip_prefix("lowerdir="));
     match layers.flat_map(|layers| layers.split(':')).find(|layer| !Path::new(layer).is_dir()) {
         Some(layer) if mount.type_ == "overlay" => refused(format!("layer {layer:.100} is not a directory")),
@@ -154,7 +150,7 @@ pub(crate) fn unmake(vm: &Vm, container: &str, exec: &str) {
 /// Puts the container's files into the share and makes it; what fails leaves nothing.
 fn finish(order: &Order, mut container: Container, prepared: Prepared, vm: &Vm) -> Result<Made> {
     container.spec.process.stdin = !order.stdio.stdin.is_empty();
-    let placed = vm.place(prepared)?;
+    let placed = vm.place(prepared, &mut container)?;
     order.timings.mark("files in the share");
     vm.volumes.add(&container);
     let made = || -> Result<Connected> {
@@ -189,7 +185,6 @@ mod tests {
         assert!(check_mount(&mount("", &["lowerdir=/tmp:/", "upperdir=/no"])).is_ok());
         assert!(check_mount(&mount("/a/../../b", &[])).is_err());
         assert!(check_mount(&mount("a..b", &[])).is_ok());
-        assert!(check_mount(&mount("", &["ro", "loop"])).unwrap_err().to_string().contains("loop"));
         let missing = (0..200).map(|layer| format!("/no/such/snapshots/{layer}/fs")).collect::<Vec<_>>();
         let refused = check_mount(&mount("", &[&format!("lowerdir={}", missing.join(":"))])).unwrap_err();
         assert!(refused.to_string().contains("/no/such/snapshots/0/fs"), "{refused}");

@@ -6,11 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use krx_proto::ProcessSpec;
-use krx_sandbox::share::Placed;
 
 use crate::error::{Result, ShimError};
 use crate::process::Process;
-use crate::vm::Vm;
+use crate::vm::{Belongings, Vm};
 
 /// A task of containerd's: a container, or the sandbox that stands for the pod.
 #[derive(Debug)]
@@ -32,7 +31,7 @@ pub(crate) struct Task {
 pub(crate) struct ContainerPart {
     /// What processes that are added start from.
     pub(crate) spec: ProcessSpec,
-    pub(crate) placed: Placed,
+    pub(crate) placed: Belongings,
     /// It is alone in its VM, which ends with it.
     pub(crate) is_single: bool,
 }

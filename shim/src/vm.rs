@@ -8,6 +8,8 @@ use std::time::SystemTime;
 
 use krx_sandbox::artifacts::Artifacts;
 use krx_sandbox::bundle::PodNamespaces;
+use krx_sandbox::container::Container;
+use krx_sandbox::disks::Attached;
 use krx_sandbox::pod::{Pod, PodConfig};
 use krx_sandbox::settings::Settings;
 use krx_sandbox::settings::annotations::Wishes;
@@ -26,6 +28,13 @@ use crate::volumes::Volumes;
 
 /// Longest id of a pod (`krx_proto::validate_id`).
 const MAX_NAME: usize = 76;
+
+/// What a container has of the host.
+#[derive(Debug, Clone)]
+pub(crate) struct Belongings {
+    files: Placed,
+    disks: Attached,
+}
 
 /// A pod's VM.
 #[derive(Debug)]
@@ -202,13 +211,22 @@ impl Vm {
         self.why_ended().map_or(UNKNOWN, |signal| 128 + signal)
     }
 
-    pub(crate) fn place(&self, prepared: Prepared) -> Result<Placed> {
-        Ok(prepared.place(&self.pod.vmm(), &self.pod.share())?)
+    /// Gives the guest what a container has of the host: its files and its disks.
+    pub(crate) fn place(&self, prepared: Prepared, container: &mut Container) -> Result<Belongings> {
+        let files = prepared.place(&self.pod.vmm(), &self.pod.share())?;
+        match self.pod.attach_disks(container) {
+            Ok(disks) => Ok(Belongings { files, disks }),
+            Err(error) => {
+                let _ = files.remove(&self.pod.vmm(), &self.pod.share());
+                Err(error.into())
+            }
+        }
     }
 
-    pub(crate) fn take_away(&self, placed: &Placed) {
+    pub(crate) fn take_away(&self, belongings: &Belongings) {
+        self.pod.detach_disks(&belongings.disks, !self.is_paused());
         // A VM that has ended has nothing left to be taken away.
-        let _ = placed.remove(&self.pod.vmm(), &self.pod.share());
+        let _ = belongings.files.remove(&self.pod.vmm(), &self.pod.share());
     }
 }
 

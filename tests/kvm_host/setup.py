@@ -31,7 +31,7 @@ NEEDS = {
 KERNEL_METAPACKAGE = "linux-image-6.12-cloud-amd64"
 
 # Loaded at boot. The order among them does not matter, their dependencies are added in front.
-MODULES = ["kvm-amd", "tun", "vhost_vsock", "vhost_net", "overlay", "veth", "bridge"]
+MODULES = ["kvm-amd", "tun", "vhost_vsock", "vhost_net", "overlay", "loop", "veth", "bridge"]
 # Of a pod's network: what joins its interface to a tap. What iptables' rules need, the kernel asks modprobe for.
 MODULES += ["sch_ingress", "cls_matchall", "act_mirred"]
 

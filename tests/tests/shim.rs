@@ -11,11 +11,11 @@ use tests::attempt;
 use tests::containerd::remains::Remains;
 use tests::shim::Player;
 
-use crate::shim_tests::{ends, events, logs, nonsense, observed, paused, races, refused, sandbox};
+use crate::shim_tests::{disks, ends, events, logs, nonsense, observed, paused, races, refused, sandbox};
 
 type Test = (&'static str, fn(&Player));
 
-const TESTS: [Test; 29] = [
+const TESTS: [Test; 35] = [
     ("both_ways_to_start_a_shim", ends::both_ways),
     ("the_sandbox_service_from_end_to_end", sandbox::end_to_end),
     ("the_sandbox_service_out_of_order", sandbox::out_of_order),
@@ -34,6 +34,12 @@ const TESTS: [Test; 29] = [
     ("timings_of_a_pod_s_starts_are_told_until_its_end", observed::starts),
     ("bundles_that_cannot_be_run", refused::bundles),
     ("what_a_pod_cannot_have_is_refused_by_name", refused::by_name),
+    ("a_root_in_an_image_can_be_written", disks::writable_image),
+    ("roots_in_images_that_are_read_only", disks::read_only_images),
+    ("containers_of_a_pod_on_disks_come_and_go", disks::members),
+    ("block_devices_of_the_host", disks::devices),
+    ("disks_that_cannot_be_had_are_refused_by_name", disks::refused),
+    ("a_killed_vmm_lets_go_of_its_disks", disks::vmm_killed),
     ("streams_that_are_no_fifos", refused::streams),
     ("output_is_appended_to_a_file", logs::file),
     ("output_goes_to_a_logging_program", logs::program),

@@ -236,7 +236,7 @@ struct Receiver<'a> {
 impl Read for Receiver<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let (count, file) = self.client.recv_with_fd(buffer)?;
-        self.file = file.or(self.file.take());
+        self.file = file.or_else(|| self.file.take());
         Ok(count)
     }
 }

@@ -519,7 +519,7 @@ mod tests {
     #[test]
     fn guest_pieces_lose_bytes_at_their_front() {
         let mut pieces = GuestPieces::new(crate::testing::memory(1));
-        [3, 0, 2].map(|len| pieces.push(GuestAddress(0x1000), len).unwrap());
+        [3, 0, 2].into_iter().for_each(|len| pieces.push(GuestAddress(0x1000), len).unwrap());
         for (removed, left) in [(0, (3, 5)), (2, (3, 3)), (1, (1, 2)), (1, (1, 1)), (9, (0, 0))] {
             pieces.remove_bytes(removed);
             assert_eq!((pieces.count(), pieces.bytes()), left, "{removed}");

@@ -1,12 +1,13 @@
 //! `linux.devices` and `linux.resources.devices` of a configuration. Pure.
 //!
 //! A guest has devices of its own: those of the host are refused, and so are rules for them, whose numbers would be
-//! others' in the guest.
+//! others' in the guest. A block device can become a disk of the guest, by virtio-blk.
 
-use krx_proto::{Device, DeviceAccess, DeviceKind, DeviceRule};
+use krx_proto::{Device, DeviceAccess, DeviceKind, DeviceRule, DiskUse, MAX_DISKS};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType};
 
 use super::{BundleError, invalid, unsupported};
+use crate::disks::{HostDisk, Source};
 use crate::volume::destination;
 
 /// Character devices that are the same in every Linux, the guest's included, by major and minor number: null, zero, full,
@@ -22,22 +23,46 @@ const MAX_LIST: usize = 1024;
 const MAX_MAJOR: i64 = (1 << 12) - 1;
 const MAX_MINOR: i64 = (1 << 20) - 1;
 
-pub(super) fn nodes(wanted: &[LinuxDevice]) -> Result<Vec<Device>, BundleError> {
+/// Device nodes of a container.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Nodes {
+    pub(super) devices: Vec<Device>,
+    /// Those that are block devices of the host.
+    pub(super) disks: Vec<HostDisk>,
+}
+
+/// The nodes of a container that may do with devices what `rules` say.
+pub(super) fn nodes(wanted: &[LinuxDevice], rules: &[LinuxDeviceCgroup]) -> Result<Nodes, BundleError> {
     if wanted.len() > MAX_LIST {
         return Err(invalid("linux.devices", format!("are more than {MAX_LIST}")));
     }
-    wanted
-        .iter()
-        .enumerate()
-        .map(|(index, device)| node(&format!("linux.devices[{index}]"), device))
-        .collect()
+    let mut nodes = Nodes::default();
+    for (index, device) in wanted.iter().enumerate() {
+        let field = format!("linux.devices[{index}]");
+        let path = device.path().to_str().and_then(destination);
+        let path = path.ok_or_else(|| invalid(format!("{field}.path"), "is not an absolute path below /"))?;
+        if !path.starts_with("/dev/") {
+            return Err(unsupported(format!("{field}.path"), format!("device nodes outside /dev ({path})")));
+        }
+        match device.typ() {
+            LinuxDeviceType::B if nodes.disks.len() == MAX_DISKS => {
+                return Err(unsupported(field, format!("more than {MAX_DISKS} block devices")));
+            }
+            LinuxDeviceType::B => nodes.disks.push(disk(&field, path, device, rules)?),
+            _ => nodes.devices.push(node(&field, path, device)?),
+        }
+    }
+    Ok(nodes)
 }
 
-fn node(field: &str, device: &LinuxDevice) -> Result<Device, BundleError> {
+/// Permission bits of a node.
+fn mode(device: &LinuxDevice) -> u32 {
+    device.file_mode().unwrap_or(0o666) & 0o777
+}
+
+fn node(field: &str, path: String, device: &LinuxDevice) -> Result<Device, BundleError> {
     let (major, minor) = (device.major(), device.minor());
     let is_char = matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U);
-    let path = device.path().to_str().and_then(destination);
-    let path = path.ok_or_else(|| invalid(format!("{field}.path"), "is not an absolute path below /"))?;
     if !is_char || !STANDARD.contains(&(major, minor)) {
         let kind = device.typ();
         let kind = kind.as_str();
@@ -46,27 +71,74 @@ fn node(field: &str, device: &LinuxDevice) -> Result<Device, BundleError> {
             format!("{path} ({kind} {major}:{minor}), which a guest does not have"),
         ));
     }
-    if !path.starts_with("/dev/") {
-        return Err(unsupported(format!("{field}.path"), format!("device nodes outside /dev ({path})")));
-    }
     let number = |number: i64| u32::try_from(number).unwrap_or(0);
     Ok(Device {
         path,
         kind: DeviceKind::Char,
         major: number(major),
         minor: number(minor),
-        mode: device.file_mode().unwrap_or(0o666) & 0o777,
+        mode: mode(device),
         uid: device.uid().unwrap_or(0),
         gid: device.gid().unwrap_or(0),
     })
 }
 
-pub(super) fn rules(wanted: &[LinuxDeviceCgroup]) -> Result<Vec<DeviceRule>, BundleError> {
+/// A block device of the host. Its number in the guest is another, so what the rules say of it goes with it.
+fn disk(
+    field: &str,
+    path: String,
+    device: &LinuxDevice,
+    rules: &[LinuxDeviceCgroup],
+) -> Result<HostDisk, BundleError> {
+    let numbers = (u64::try_from(device.major()), u64::try_from(device.minor()));
+    let (Ok(major), Ok(minor)) = numbers else {
+        return Err(invalid(field, "has negative numbers"));
+    };
+    let mut allowed = DeviceAccess::default();
+    for rule in rules.iter().filter(|rule| rule.allow() && is_of(rule, device.major(), device.minor())) {
+        let more = access(field, rule.access().as_deref().unwrap_or_default())?;
+        allowed = DeviceAccess {
+            read: allowed.read || more.read,
+            write: allowed.write || more.write,
+            make: allowed.make || more.make,
+        };
+    }
+    let (uid, gid) = (device.uid().unwrap_or(0), device.gid().unwrap_or(0));
+    let is = DiskUse::Node { path, mode: mode(device), uid, gid, access: allowed };
+    // Who may do everything is not told so by the device.
+    let everything = rules.iter().any(|rule| {
+        let any = |number: Option<i64>| number.is_none_or(|number| number == -1);
+        rule.allow()
+            && any(rule.major())
+            && any(rule.minor())
+            && rule.access().as_deref().is_none_or(|access| access.contains('w'))
+    });
+    Ok(HostDisk { source: Source::Numbers(major, minor), read_only: !allowed.write && !everything, is })
+}
+
+/// Whether a rule is for the block device of these numbers.
+fn is_of(rule: &LinuxDeviceCgroup, major: i64, minor: i64) -> bool {
+    rule.typ() == Some(LinuxDeviceType::B) && rule.major() == Some(major) && rule.minor() == Some(minor)
+}
+
+/// The rules but those that allow what one of `disks` is.
+pub(super) fn rules(
+    wanted: &[LinuxDeviceCgroup],
+    disks: &[HostDisk],
+) -> Result<Vec<DeviceRule>, BundleError> {
     if wanted.len() > MAX_LIST {
         return Err(invalid("linux.resources.devices", format!("are more than {MAX_LIST}")));
     }
     let field = |index: usize| format!("linux.resources.devices[{index}]");
-    wanted.iter().enumerate().map(|(index, wanted)| rule(&field(index), wanted)).collect()
+    let is_of_disk = |rule: &LinuxDeviceCgroup| {
+        let numbers = |disk: &HostDisk| match disk.source {
+            Source::Numbers(major, minor) => Some((i64::try_from(major).ok()?, i64::try_from(minor).ok()?)),
+            Source::Path(_) => None,
+        };
+        rule.allow() && disks.iter().filter_map(numbers).any(|(major, minor)| is_of(rule, major, minor))
+    };
+    let others = wanted.iter().enumerate().filter(|(_, rule)| !is_of_disk(rule));
+    others.map(|(index, wanted)| rule(&field(index), wanted)).collect()
 }
 
 fn rule(field: &str, wanted: &LinuxDeviceCgroup) -> Result<DeviceRule, BundleError> {
@@ -134,11 +206,54 @@ mod tests {
     use super::*;
 
     fn read_rules(wanted: Value) -> Result<Vec<DeviceRule>, BundleError> {
-        rules(&serde_json::from_value::<Vec<LinuxDeviceCgroup>>(wanted).unwrap())
+        rules(&serde_json::from_value::<Vec<LinuxDeviceCgroup>>(wanted).unwrap(), &[])
     }
 
     fn read_nodes(wanted: Value) -> Result<Vec<Device>, BundleError> {
-        nodes(&serde_json::from_value::<Vec<LinuxDevice>>(wanted).unwrap())
+        read_disks(wanted, json!([])).map(|(nodes, _)| nodes.devices)
+    }
+
+    fn read_disks(wanted: Value, allowed: Value) -> Result<(Nodes, Vec<DeviceRule>), BundleError> {
+        let allowed: Vec<LinuxDeviceCgroup> = serde_json::from_value(allowed).unwrap();
+        let nodes = nodes(&serde_json::from_value::<Vec<LinuxDevice>>(wanted).unwrap(), &allowed)?;
+        let rules = rules(&allowed, &nodes.disks)?;
+        Ok((nodes, rules))
+    }
+
+    #[test]
+    fn block_devices_of_the_host_become_disks_with_what_the_rules_allow() {
+        let disks = json!([
+            {"path": "/dev/data", "type": "b", "major": 8, "minor": 16, "fileMode": 0o640, "uid": 1, "gid": 2},
+            {"path": "/dev/seen", "type": "b", "major": 8, "minor": 32}
+        ]);
+        let rules = json!([
+            {"allow": false, "access": "rwm"},
+            {"allow": true, "type": "b", "major": 8, "minor": 16, "access": "rw"},
+            {"allow": true, "type": "b", "major": 8, "minor": 32, "access": "r"},
+            {"allow": true, "type": "b", "major": 8, "minor": 16, "access": "m"}
+        ]);
+        let (nodes, rules) = read_disks(disks.clone(), rules).unwrap();
+        assert_eq!(rules.len(), 1);
+        let is = DiskUse::Node {
+            path: "/dev/data".into(),
+            mode: 0o640,
+            uid: 1,
+            gid: 2,
+            access: DeviceAccess::ALL,
+        };
+        assert_eq!(nodes.disks[0], HostDisk { source: Source::Numbers(8, 16), read_only: false, is });
+        assert!(nodes.disks[1].read_only && nodes.devices.is_empty());
+        // A privileged container's rule is for everything.
+        let (nodes, rules) = read_disks(disks, json!([{"allow": true, "access": "rwm"}])).unwrap();
+        assert!(rules.len() == 1 && !nodes.disks[1].read_only);
+        let node = json!({"path": "/dev/d", "type": "b", "major": 8, "minor": 0});
+        let error = read_disks(json!(vec![node.clone(); MAX_DISKS + 1]), json!([])).unwrap_err().to_string();
+        assert!(error.contains("[16]") && error.contains("16 block devices"), "{error}");
+        let negative = json!({"path": "/dev/d", "type": "b", "major": -1, "minor": 0});
+        assert!(read_disks(json!([negative]), json!([])).is_err());
+        // A rule for another one is refused as ever.
+        let other = json!([{"allow": true, "type": "b", "major": 8, "minor": 1, "access": "r"}]);
+        assert!(read_disks(json!([node]), other).unwrap_err().to_string().contains("b 8:1 r"));
     }
 
     #[test]
@@ -179,9 +294,8 @@ mod tests {
     #[test]
     fn devices_of_the_host_are_refused_by_name() {
         for (node, name) in [
-            (json!({"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}), "/dev/sda (b 8:0)"),
             (json!({"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}), "/dev/kvm (c 10:232)"),
-            (json!({"path": "/dev/null", "type": "b", "major": 1, "minor": 3}), "/dev/null (b 1:3)"),
+            (json!({"path": "/opt/disk", "type": "b", "major": 8, "minor": 3}), "linux.devices[0].path"),
             (json!({"path": "/dev/fifo", "type": "p", "major": 0, "minor": 0}), "/dev/fifo (p 0:0)"),
             (json!({"path": "/dev/../x", "type": "c", "major": 1, "minor": 3}), "linux.devices[0].path"),
             (json!({"path": "/opt/null", "type": "c", "major": 1, "minor": 3}), "linux.devices[0].path"),

@@ -23,7 +23,8 @@ pub const THROUGHPUT: &str = "krx.test/throughput:1";
 
 /// Of the Debian root file system, what the small image has.
 const PROGRAMS: &str = "dash cat chmod df echo env grep head hostname id ls mkdir mknod mount rm sed sleep stat stty tail touch true tty unshare";
-const LIBRARIES: [&str; 4] = ["libc.so.6", "libselinux.so.1", "libpcre2-8.so.0", "libacl.so.1"];
+/// What its programs are linked with.
+pub const LIBRARIES: [&str; 4] = ["libc.so.6", "libselinux.so.1", "libpcre2-8.so.0", "libacl.so.1"];
 const MOUNT_LIBRARIES: [&str; 2] = ["libmount.so.1", "libblkid.so.1"];
 const DIRECTORIES: [&str; 11] = [
     "dev",

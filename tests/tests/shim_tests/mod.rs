@@ -1,5 +1,6 @@
 //! The tests of the suite `shim`, by what they are about.
 
+pub(crate) mod disks;
 pub(crate) mod ends;
 pub(crate) mod events;
 pub(crate) mod logs;

@@ -106,7 +106,7 @@ pub(crate) fn by_name(player: &Player) {
     refused("process.apparmorProfile", &|config| config["process"]["apparmorProfile"] = json!("of-mine"));
     refused("hooks", &|config| config["hooks"] = json!({"createRuntime": [{"path": "/bin/true"}]}));
     refused("linux.devices", &|config| {
-        config["linux"]["devices"] = json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]);
+        config["linux"]["devices"] = json!([{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]);
     });
     refused("linux.namespaces[0].path", &|config| {
         config["linux"]["namespaces"][0]["path"] = json!("/proc/1/ns/pid");

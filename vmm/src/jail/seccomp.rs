@@ -206,6 +206,7 @@ const ATTACHMENT: &[Call] = &[
     any(libc::SYS_recvmsg),
     any(libc::SYS_lseek),
     any(libc::SYS_eventfd2),
+    when(libc::SYS_fcntl, 1, Is(bits(libc::F_DUPFD_CLOEXEC))),
     when(libc::SYS_ioctl, 1, Is(KVM_IRQFD)),
     when(libc::SYS_ioctl, 1, Is(KVM_IOEVENTFD)),
 ];

@@ -256,9 +256,9 @@ impl<H: WorkerHost> MmioTransport<H> {
         self.host.start(worker, self.interrupt.clone())
     }
 
-    /// Whether a driver has the device, or has failed with it.
+    /// Whether a driver has the device, or has failed with it. That it was seen (ACKNOWLEDGE) is what a driver leaves behind.
     pub(crate) fn is_in_use(&self) -> bool {
-        self.status != 0
+        self.status & !ACKNOWLEDGE != 0
     }
 
     /// Takes the device out of its slot, which is a placeholder then (4.2.2, DeviceID). Its worker is gone when this returns.
