@@ -30,7 +30,7 @@ pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
     }
     timings.mark("planned");
     let signals = Signals::watch()?;
-    let create = || -> Result<_, PodError> {
+    let create = || -> Result<_, CliError> {
         let pod = Pod::boot(&root, config, &timings, |vmm| signals.booting(vmm))?;
         if pod.network().is_some_and(|network| network.interfaces().next().is_none()) {
             eprintln!(

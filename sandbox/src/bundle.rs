@@ -481,7 +481,8 @@ mod tests {
         let spec = read_pod(&privileged, false).unwrap().spec;
         assert!(spec.process.seccomp.is_none() && spec.device_rules[0].allow && spec.masked_paths.is_empty());
         // Those that the host's devices were given to as well.
-        privileged["linux"]["devices"] = json!([{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]);
+        privileged["linux"]["devices"] =
+            json!([{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]);
         assert!(read_pod(&privileged, false).unwrap_err().to_string().contains("/dev/kvm"));
     }
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use krx_proto::{ContainerSpec, DiskUse, Mount, SHARE_PATH};
 use krx_vmm::config::ShareEntry;
 
-use crate::disks::HostDisk;
+use crate::disks::{DiskError, HostDisk};
 use crate::volume::{Volume, VolumeError};
 use crate::{default_spec, mount_points};
 
@@ -30,6 +30,8 @@ pub enum ContainerError {
     },
     #[error("Root file system {0} is not a directory")]
     NotDirectory(PathBuf),
+    #[error("Container cannot have its disks")]
+    Disk(#[source] DiskError),
     #[error("{0} is mounted on twice")]
     Twice(String),
     #[error(

@@ -11,8 +11,8 @@ use krx_vmm::config::{Config, ConfigError, Share, ShareEntry};
 
 use crate::agent::{AgentClient, CallError, Pending};
 use crate::artifacts::Artifacts;
-use crate::container::Container;
-use crate::disks::{Attached, DiskError};
+use crate::container::{Container, ContainerError};
+use crate::disks::Attached;
 use crate::network::{Network, NetworkError};
 use crate::port_forward::{PortForward, PortForwardError};
 use crate::process::Process;
@@ -54,8 +54,6 @@ pub enum PodError {
         #[source]
         verdict: VmmError,
     },
-    #[error("Container cannot have its disks")]
-    Disk(#[source] DiskError),
     #[error("Agent does not make the container")]
     Create(#[source] CallError),
     #[error("Container's process cannot be run")]
@@ -165,11 +163,12 @@ impl Pod {
     ///
     /// # Errors
     /// One of them cannot be had; then none is.
-    pub fn attach_disks(&self, container: &mut Container) -> Result<Attached, PodError> {
+    pub fn attach_disks(&self, container: &mut Container) -> Result<Attached, ContainerError> {
         if container.disks().is_empty() {
             return Ok(Attached::default());
         }
-        let (attached, disks) = Attached::attach(container.disks(), &self.vmm).map_err(PodError::Disk)?;
+        let (attached, disks) =
+            Attached::attach(container.disks(), &self.vmm).map_err(ContainerError::Disk)?;
         container.spec.disks = disks;
         Ok(attached)
     }

@@ -6,6 +6,7 @@ use containerd_shim_protos::ttrpc::{self, Code};
 use krx_proto::{ErrorKind, FrameError};
 use krx_sandbox::agent::CallError;
 use krx_sandbox::bundle::BundleError;
+use krx_sandbox::container::ContainerError;
 use krx_sandbox::disks::DiskError;
 use krx_sandbox::pod::PodError;
 use krx_sandbox::share::ShareError;
@@ -126,12 +127,20 @@ impl From<PodError> for ShimError {
             PodError::Create(call) | PodError::Start(call) | PodError::Guest(call) => code_of_call(call),
             PodError::Config(_) => Code::INVALID_ARGUMENT,
             PodError::State(_) => Code::FAILED_PRECONDITION,
-            PodError::Disk(error) => match error {
-                DiskError::Attach { source: VmmError::Control(_), .. } => Code::UNAVAILABLE,
-                DiskError::Kind(_) | DiskError::TooMany => Code::INVALID_ARGUMENT,
-                _ => Code::FAILED_PRECONDITION,
-            },
             _ => Code::UNAVAILABLE,
+        };
+        Self::of(code, &error)
+    }
+}
+
+impl From<ContainerError> for ShimError {
+    fn from(error: ContainerError) -> Self {
+        let code = match &error {
+            ContainerError::Disk(DiskError::Attach { source: VmmError::Control(_), .. }) => Code::UNAVAILABLE,
+            ContainerError::Disk(
+                DiskError::Open { .. } | DiskError::NoDevice { .. } | DiskError::Attach { .. },
+            ) => Code::FAILED_PRECONDITION,
+            _ => Code::INVALID_ARGUMENT,
         };
         Self::of(code, &error)
     }
