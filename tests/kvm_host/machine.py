@@ -34,6 +34,11 @@ ASK_AGAIN = 1
 # Waiting for an answer lets the clock of a counting host jump by seconds: what was read once is taken as it was.
 ASK_AGAIN_COUNTED = 86400
 
+# MiB of translated code that TCG keeps; then it forgets all of it. A store to a page that code was translated from goes through
+# all that is kept of the page, and its own choice, 1 GiB, keeps that of guests long gone: clearing one page of theirs for
+# another guest took 0.4 s, 2 MiB of them a minute and more, in which nothing else ran and all time limits passed at once.
+TRANSLATED = 128
+
 # A crash ends QEMU (panic=-1 and -no-reboot), so that it is an error and not a hang.
 KERNEL_ARGUMENTS = (
     "console=ttyS0 quiet panic=-1 oops=panic mitigations=off nokaslr cryptomgr.notests"
@@ -170,7 +175,7 @@ class Machine:
             # For one CPU alone TCG leaves out memory barriers and atomicity, as if nobody else were at that memory. But
             # virtiofsd is: without a barrier between asking for an interrupt and looking at the ring, the last interrupt
             # is lost once in a hundred runs, and all programs wait for their files. One that could get a second CPU has them.
-            command += ["-accel", "tcg,thread=multi", "-smp", f"{shape.cpus},maxcpus={max(shape.cpus, 2)}"]
+            command += ["-accel", f"tcg,thread=multi,tb-size={TRANSLATED}", "-smp", f"{shape.cpus},maxcpus={max(shape.cpus, 2)}"]
         command += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         command += ["-object", f"memory-backend-memfd,id=ram,size={shape.memory}M,share=on"]
         command += ["-numa", "node,memdev=ram"]
