@@ -23,6 +23,8 @@ pub(crate) enum Command {
     Run(Box<Run>),
     /// Runs a further command in the container of a running pod
     Exec(Exec),
+    /// Prints the log of the kernel in a running pod
+    Console(Console),
     /// Lists running pods
     Ps(Ps),
     /// Sends a signal to the first process of a pod
@@ -110,11 +112,20 @@ pub(crate) enum TimingsFormat {
 pub(crate) struct Exec {
     #[command(flatten)]
     pub(crate) process: ProcessOptions,
+    /// Container of a pod of containerd's, by its id or the begin of it (the only one unless given)
+    #[arg(short, long, value_name = "ID")]
+    pub(crate) container: Option<String>,
     /// Name of the pod
     pub(crate) name: String,
     /// Command and arguments
     #[arg(value_name = "CMD", required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Console {
+    /// Name of the pod
+    pub(crate) name: String,
 }
 
 #[derive(Debug, Args)]

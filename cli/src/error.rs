@@ -9,9 +9,12 @@ use krx_sandbox::artifacts::ArtifactError;
 use krx_sandbox::bundle::BundleError;
 use krx_sandbox::container::ContainerError;
 use krx_sandbox::pod::PodError;
+use krx_sandbox::pod_containers::MemberError;
+use krx_sandbox::preflight::PreflightError;
 use krx_sandbox::settings::SettingsError;
 use krx_sandbox::state_dir::StateError;
 use krx_sandbox::user::UserError;
+use krx_sandbox::vmm_process::VmmError;
 
 /// krx failed, not what it runs.
 pub(crate) const FAILED: u8 = 125;
@@ -27,8 +30,8 @@ pub(crate) enum CliError {
     Artifact(#[from] ArtifactError),
     #[error("Bundle cannot be run")]
     Bundle(#[from] BundleError),
-    #[error("Settings of this node cannot be used")]
-    Settings(#[from] SettingsError),
+    #[error(transparent)]
+    Node(#[from] NodeError),
     #[error(transparent)]
     Container(#[from] ContainerError),
     #[error(transparent)]
@@ -44,8 +47,46 @@ pub(crate) enum CliError {
     /// A signal ended the start, before there was a process to send it to.
     #[error("Interrupted by signal {0} before the container ran")]
     Interrupted(u8),
+    #[error(transparent)]
+    Lookup(#[from] LookupError),
+}
+
+/// Why this node runs no pod.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NodeError {
+    #[error("Settings of this node cannot be used")]
+    Settings(#[from] SettingsError),
     #[error("This host cannot run the pod")]
-    Preflight(#[from] krx_sandbox::preflight::PreflightError),
+    Preflight(#[from] PreflightError),
+}
+
+/// Why a pod of somebody else cannot be looked into.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LookupError {
+    #[error(transparent)]
+    Member(#[from] MemberError),
+    #[error("The log of the guest's kernel cannot be had")]
+    Log(#[source] VmmError),
+    #[error("Standard output cannot be written")]
+    Output(#[source] std::io::Error),
+}
+
+impl From<SettingsError> for CliError {
+    fn from(error: SettingsError) -> Self {
+        Self::Node(error.into())
+    }
+}
+
+impl From<PreflightError> for CliError {
+    fn from(error: PreflightError) -> Self {
+        Self::Node(error.into())
+    }
+}
+
+impl From<MemberError> for CliError {
+    fn from(error: MemberError) -> Self {
+        Self::Lookup(error.into())
+    }
 }
 
 impl CliError {

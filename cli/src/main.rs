@@ -39,6 +39,7 @@ fn command(command: &Command) -> u8 {
     let result = match command {
         Command::Run(arguments) => run::run(arguments),
         Command::Exec(arguments) => pods::exec(arguments),
+        Command::Console(arguments) => pods::console(arguments),
         Command::Ps(arguments) => pods::ps(arguments),
         Command::Kill(arguments) => pods::kill(arguments),
         Command::Doctor(arguments) => return doctor::run(arguments.json),

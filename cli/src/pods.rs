@@ -1,18 +1,22 @@
-//! `krx exec`, `krx ps` and `krx kill`: what is done with a pod of somebody else.
+//! `krx exec`, `krx console`, `krx ps` and `krx kill`: what is done with a pod of somebody else.
 
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use krx_proto::ProcessSpec;
 use krx_sandbox::agent::AgentClient;
+use krx_sandbox::control;
+use krx_sandbox::pod_containers::{self, PodMember};
 use krx_sandbox::process::Process;
-use krx_sandbox::state_dir::{Listed, PodContainer, PodPaths, PodState, StateRoot};
+use krx_sandbox::state_dir::{ExecBase, Listed, PodContainer, PodPaths, PodState, StateRoot};
 use krx_sandbox::timings::Timings;
 use nix::sys::signal::Signal;
 
-use crate::args::{Exec, Kill, Ps};
-use crate::error::CliError;
+use crate::args::{Console, Exec, Kill, Ps};
+use crate::error::{CliError, LookupError};
 use crate::parse;
 use crate::process::attend;
 use crate::signals::Signals;
@@ -20,16 +24,13 @@ use crate::signals::Signals;
 pub(crate) fn exec(arguments: &Exec) -> Result<u8, CliError> {
     arguments.process.check()?;
     let (paths, state) = StateRoot::from_env().open(&arguments.name)?;
-    let container = own(&state)?;
-    let mut spec = ProcessSpec { args: arguments.command.clone(), ..container.process.clone() };
-    if arguments.process.user.is_some() {
-        container.exec.unbind(&mut spec);
-    }
-    arguments.process.apply(&mut spec, &container.rootfs)?;
+    let (container, rootfs, mut spec) = base(arguments, &paths, &state)?;
+    spec.args.clone_from(&arguments.command);
+    arguments.process.apply(&mut spec, &rootfs)?;
     let signals = Signals::watch()?;
     signals.own();
     // The PID makes it unique among this host's, which are all that talk to the pod.
-    let process = named(&paths, container, &format!("exec-{}", process::id()))?;
+    let process = named(&paths, &container, &format!("exec-{}", process::id()))?;
     process.exec(spec.clone())?;
     let status = attend(&process, None, &spec, &signals, &Arc::new(Timings::default()));
     // Gone with its pod, if that has ended meanwhile.
@@ -37,11 +38,48 @@ pub(crate) fn exec(arguments: &Exec) -> Result<u8, CliError> {
     Ok(status?.shell_code())
 }
 
+/// The container that a process is added to, its root file system on the host, and what the process starts from.
+fn base(
+    arguments: &Exec,
+    paths: &PodPaths,
+    state: &PodState,
+) -> Result<(String, PathBuf, ProcessSpec), CliError> {
+    let (container, user) = (arguments.container.as_deref(), arguments.process.user.as_deref());
+    let Some(own) = &state.container else {
+        // Its files are the shim's to see, so nobody's name is known here.
+        if let Some(user) = user.filter(|user| user.contains(|c: char| c != ':' && !c.is_ascii_digit())) {
+            let text =
+                format!("User {user} is a name: in a pod of containerd's, give users and groups by number");
+            return Err(CliError::Usage(text));
+        }
+        let PodMember { id, process } =
+            pod_containers::choose(pod_containers::ask(&paths.metrics())?, container)?;
+        return Ok((id, Path::new("/nonexistent").into(), process));
+    };
+    if container.is_some_and(|container| !own.id.starts_with(container)) {
+        return Err(CliError::Usage(format!(
+            "Pod {} has one container, {}: leave out -c",
+            state.name, own.id
+        )));
+    }
+    let mut spec = own.process.clone();
+    if user.is_some() {
+        ExecBase::unbind(&own.exec, &mut spec);
+    }
+    Ok((own.id.clone(), own.rootfs.clone(), spec))
+}
+
+pub(crate) fn console(arguments: &Console) -> Result<u8, CliError> {
+    let (paths, _) = StateRoot::from_env().open(&arguments.name)?;
+    let log = control::guest_log(&paths.control()).map_err(LookupError::Log)?;
+    print(&format!("{}\n", log.trim_end()))
+}
+
 pub(crate) fn kill(arguments: &Kill) -> Result<u8, CliError> {
     let signal = parse::signal(&arguments.signal)?;
     let (paths, state) = StateRoot::from_env().open(&arguments.name)?;
     let killed = own(&state)
-        .and_then(|container| named(&paths, container, ""))
+        .and_then(|container| named(&paths, &container.id, ""))
         .and_then(|process| Ok(process.kill(signal)?));
     match killed {
         // A guest that does not do what it is told ends with its VM, and so with its process.
@@ -64,24 +102,24 @@ fn own(state: &PodState) -> Result<&PodContainer, CliError> {
     state.container.as_ref().ok_or_else(containerds)
 }
 
-fn named(paths: &PodPaths, container: &PodContainer, name: &str) -> Result<Process, CliError> {
+fn named(paths: &PodPaths, container: &str, name: &str) -> Result<Process, CliError> {
     let agent = Arc::new(AgentClient::connect(&paths.vsock())?);
-    Ok(Process::new(agent, paths.vsock(), &container.id, name))
+    Ok(Process::new(agent, paths.vsock(), container, name))
 }
 
 pub(crate) fn ps(arguments: &Ps) -> Result<u8, CliError> {
     let pods = StateRoot::from_env().list()?;
     if arguments.json {
         let states: Vec<_> = pods.iter().filter_map(|pod| pod.state.as_ref()).map(public).collect();
-        println!("{}", serde_json::Value::from(states));
-        return Ok(0);
+        return print(&format!("{}\n", serde_json::Value::from(states)));
     }
-    println!("{:<24} {:>8} {:>5} {:>8} {:>8}  COMMAND", "NAME", "VMM", "CPUS", "MEMORY", "AGE");
+    let mut table =
+        format!("{:<24} {:>8} {:>5} {:>8} {:>8}  COMMAND\n", "NAME", "VMM", "CPUS", "MEMORY", "AGE");
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
     for Listed { name, state, .. } in &pods {
-        match state {
-            Some(state) => println!(
-                "{name:<24} {:>8} {:>5} {:>7}M {:>7}s  {}",
+        table += &match state {
+            Some(state) => format!(
+                "{name:<24} {:>8} {:>5} {:>7}M {:>7}s  {}\n",
                 state.vmm_pid,
                 state.vcpus,
                 state.memory_mib,
@@ -91,10 +129,18 @@ pub(crate) fn ps(arguments: &Ps) -> Result<u8, CliError> {
                     |container| container.process.args.join(" ").escape_debug().to_string()
                 )
             ),
-            None => println!("{name:<24} {:>8} {:>5} {:>8} {:>8}  (starting)", "-", "-", "-", "-"),
-        }
+            None => format!("{name:<24} {:>8} {:>5} {:>8} {:>8}  (starting)\n", "-", "-", "-", "-"),
+        };
     }
-    Ok(0)
+    print(&table)
+}
+
+/// Writes to standard output. A reader that has seen enough is no error.
+fn print(text: &str) -> Result<u8, CliError> {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(LookupError::Output(error).into()),
+        _ => Ok(0),
+    }
 }
 
 /// A pod's state without its environment, which may hold secrets.

@@ -248,7 +248,8 @@ pub fn timings_request(data: &[u8]) {
     let whole = if let Taken::Whole(head) = taken { Some(head) } else { None };
     // Each byte that is no UTF-8 has become three.
     assert!(whole.as_ref().is_none_or(|head| head.len() <= 3 * MAX_HEAD));
-    let answer = http::answer(whole.as_deref(), || "x 1\n".into());
+    let answer =
+        http::answer(whole.as_deref(), |path| (path == "/metrics").then(|| ("text/plain", "x 1\n".into())));
     let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
     assert!(head.contains(&format!("\r\nContent-Length: {}\r\n", body.len())), "{answer}");
     assert_eq!(head.starts_with("HTTP/1.0 200 OK\r\n"), body == "x 1\n", "{answer}");

@@ -10,9 +10,8 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, IoSlice, Read, Seek, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
@@ -26,19 +25,15 @@ use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::{Pid, pipe2};
 use serde_json::{Value, json};
 
+use crate::control::{self, CONTROL_TIMEOUT};
 use crate::timings::Phase;
 
 /// How much of the VMM's last words is kept. The VMM carries guest log lines there, so a guest could fill memory.
 const MAX_REPORT: usize = 64 << 10;
-/// Longest answer taken from the control socket.
-const MAX_ANSWER: u64 = 1 << 20;
-/// The VMM answers from its event loop, at once; a second is a VMM that hangs.
-const CONTROL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Descriptors are made inheritable for the moment of a spawn: one at a time, or they would leak into each other.
 static SPAWN: Mutex<()> = Mutex::new(());
@@ -314,33 +309,9 @@ impl VmmProcess {
 
     /// `name` is that of the request.
     fn ask(&self, name: &'static str, request: &Value, file: Option<&File>) -> Result<Value, VmmError> {
-        let answer = self.exchange(request, file).map_err(VmmError::Control)?;
-        let request = name;
-        match answer.get("error") {
-            None => Ok(answer),
-            Some(error) => {
-                let answer = error.as_str().map_or_else(|| error.to_string(), str::to_owned);
-                Err(VmmError::Refused { request, answer })
-            }
-        }
-    }
-
-    /// One JSON request a line, one JSON answer a line. Answers are `{"ok":...}`, `{"error":"..."}` or the
-    /// request's own.
-    fn exchange(&self, request: &Value, file: Option<&File>) -> io::Result<Value> {
-        let path = self.control.as_deref().ok_or(io::ErrorKind::NotConnected)?;
-        let socket = UnixStream::connect(path)?;
-        socket.set_read_timeout(Some(CONTROL_TIMEOUT))?;
-        socket.set_write_timeout(Some(CONTROL_TIMEOUT))?;
-        let mut line = json!({ "request": request }).to_string();
-        line.push('\n');
-        match file {
-            None => (&socket).write_all(line.as_bytes())?,
-            Some(file) => send_with(&socket, line.as_bytes(), file)?,
-        }
-        let mut answer = String::new();
-        BufReader::new(socket.take(MAX_ANSWER)).read_line(&mut answer)?;
-        Ok(serde_json::from_str(&answer)?)
+        let path =
+            self.control.as_deref().ok_or_else(|| VmmError::Control(io::ErrorKind::NotConnected.into()))?;
+        control::ask(path, name, request, file)
     }
 }
 
@@ -407,16 +378,6 @@ fn read_tail(mut from: impl Read, live: bool) -> String {
     String::from_utf8_lossy(tail.make_contiguous()).into_owned()
 }
 
-/// Sends a line, and passes a file with it (unix(7), SCM_RIGHTS).
-fn send_with(socket: &UnixStream, line: &[u8], file: &File) -> io::Result<()> {
-    let passed = [file.as_raw_fd()];
-    let rights = [ControlMessage::ScmRights(&passed)];
-    let sent =
-        sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(line)], &rights, MsgFlags::MSG_NOSIGNAL, None)?;
-    // The file goes with the first byte.
-    (&*socket).write_all(&line[sent..])
-}
-
 /// The configuration as a file in memory, at its beginning.
 fn config_file(config: &Config) -> io::Result<Stdio> {
     let mut file = File::from(memfd_create("krx-vmm-config", MFdFlags::MFD_CLOEXEC)?);
@@ -444,6 +405,8 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::UnixListener;
+
+    use std::io::{BufRead, BufReader};
 
     use super::*;
     use crate::testing::Scratch;

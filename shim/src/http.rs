@@ -1,4 +1,4 @@
-//! As much of HTTP as the timings of a pod's starts are asked for with: the head of a request as it comes, and the answer to
+//! As much of HTTP as a pod's owner is asked with for the timings of its starts and for its containers: the head of a request as it comes, and the answer to
 //! it. Pure: `observe` reads and writes.
 //!
 //! Whoever may open the socket may say anything: nothing but the first line of a head is looked at, and that for three words.
@@ -37,22 +37,31 @@ impl Head {
     }
 }
 
-/// The answer to a request's first line; nothing else of it matters. HTTP/1.0 (RFC 1945): the connection ends with it.
-pub fn answer(head: Option<&str>, text: impl Fn() -> String) -> String {
+/// What is at a path: its type, and its text.
+pub type Page = (&'static str, String);
+
+/// The answer to a request's first line; nothing else of it matters. HTTP/1.0 (RFC 1945): the connection ends with it. `page`
+/// says what is at a path.
+pub fn answer(head: Option<&str>, page: impl Fn(&str) -> Option<Page>) -> String {
+    const TEXT: &str = "text/plain; charset=utf-8";
     let line = head.and_then(|head| head.lines().next()).unwrap_or_default();
     let words: Vec<_> = line.split(' ').collect();
-    let (status, body) = match words[..] {
-        ["GET", path, version] if version.starts_with("HTTP/1.") => match path.split('?').next() {
-            Some("/metrics") => ("200 OK", text()),
-            _ => ("404 Not Found", "There is /metrics alone\n".into()),
-        },
-        [_, _, version] if version.starts_with("HTTP/1.") => {
-            ("405 Method Not Allowed\r\nAllow: GET", "There is GET alone\n".into())
+    let (status, (kind, body)) = match words[..] {
+        ["GET", path, version] if version.starts_with("HTTP/1.") => {
+            match page(path.split('?').next().unwrap_or_default()) {
+                Some(page) => ("200 OK", page),
+                None => ("404 Not Found", (TEXT, "There are /metrics and /containers alone\n".into())),
+            }
         }
-        _ => ("400 Bad Request", "That is no request of HTTP/1 with a head of at most 8 KiB\n".into()),
+        [_, _, version] if version.starts_with("HTTP/1.") => {
+            ("405 Method Not Allowed\r\nAllow: GET", (TEXT, "There is GET alone\n".into()))
+        }
+        _ => {
+            ("400 Bad Request", (TEXT, "That is no request of HTTP/1 with a head of at most 8 KiB\n".into()))
+        }
     };
     format!(
-        "HTTP/1.0 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\nContent-Length: {}\r\n\
+        "HTTP/1.0 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n\
          Connection: close\r\n\r\n{body}",
         body.len()
     )
@@ -84,10 +93,14 @@ mod tests {
         assert!(matches!(Head::default().add(b"\xff\0\r\n\r\n"), Taken::Whole(_)));
     }
 
+    fn page(path: &str) -> Option<Page> {
+        (path == "/metrics").then(|| ("text/plain", "x 1\n".into()))
+    }
+
     #[test]
     fn only_the_one_request_has_figures() {
         let status = |request: Option<&str>| {
-            let answer = answer(request, || "x 1\n".into());
+            let answer = answer(request, page);
             assert!(answer.contains("\r\n\r\n"));
             answer.split("\r\n").next().unwrap_or_default().to_string()
         };
@@ -99,6 +112,6 @@ mod tests {
         for odd in [None, Some(""), Some("\r\n\r\n"), Some("GET /metrics"), Some("GET  /metrics HTTP/1.0")] {
             assert_eq!(status(odd), "HTTP/1.0 400 Bad Request");
         }
-        assert!(answer(Some("GET /metrics HTTP/1.0\r\n\r\n"), || "x 1\n".into()).ends_with("\r\n\r\nx 1\n"));
+        assert!(answer(Some("GET /metrics HTTP/1.0\r\n\r\n"), page).ends_with("\r\n\r\nx 1\n"));
     }
 }

@@ -1,6 +1,7 @@
-//! Where the time of a pod's starts went, for Prometheus: text over HTTP on a unix socket in the pod's directory.
+//! What others than containerd are told of a pod, over HTTP on a unix socket in the pod's directory: where the time of its
+//! starts went, for Prometheus, and its containers, for `krx exec`.
 //!
-//! It has the figures of starts alone: what containers use is asked of the Task API. Nobody's start waits for it, as the
+//! The figures are of starts alone: what containers use is asked of the Task API. Nobody's start waits for it, as the
 //! socket is made when the first one has been answered; it goes with the pod.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,6 +10,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use krx_sandbox::pod_containers::{self, PodMember};
 use krx_sandbox::timings::Timings;
 use log::{debug, warn};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
@@ -17,7 +19,8 @@ use tokio::sync::oneshot;
 use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
-use crate::http::{Head, Taken, answer};
+use crate::http::{Head, Page, Taken, answer};
+use crate::tasks::Tasks;
 use crate::vm::Vm;
 
 /// Longest that a client may take from its connection to the end of the answer.
@@ -28,6 +31,8 @@ const AFTER_ANSWER: Duration = Duration::from_millis(100);
 const PAUSE: Duration = Duration::from_secs(1);
 
 const NAME: &str = "krx_start_phase_seconds";
+const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
+const JSON: &str = "application/json";
 const HELP: &str = "Time from the first phase of a start to this one.";
 
 /// The starts of what is there, by the id of the container or of the pod.
@@ -84,8 +89,19 @@ fn escaped(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
-/// Serves the pod's starts from now on, if nobody does yet.
-pub(crate) fn serve(vm: &Arc<Vm>, namespace: &str, starts: Arc<Starts>) {
+/// The containers of a pod, in JSON.
+fn containers(tasks: &Tasks) -> String {
+    let all = tasks.all();
+    let members = all.iter().filter_map(|task| {
+        let process = task.container.as_ref()?.spec.clone();
+        Some(PodMember { id: task.id.clone(), process })
+    });
+    // Names and numbers: there is nothing in it that JSON has not.
+    serde_json::to_string(&members.collect::<Vec<_>>()).unwrap_or_default()
+}
+
+/// Serves what is to be told of the pod from now on, if nobody does yet.
+pub(crate) fn serve(vm: &Arc<Vm>, namespace: &str, starts: Arc<Starts>, tasks: Arc<Tasks>) {
     if !vm.begin_observing() {
         return;
     }
@@ -108,31 +124,38 @@ pub(crate) fn serve(vm: &Arc<Vm>, namespace: &str, starts: Arc<Starts>) {
         let bound = UnixListener::bind(&path);
         drop(vm);
         match bound {
-            Ok(listener) => tokio::select! {
-                () = answer_all(&listener, || starts.text(&namespace, &pod)) => {}
-                _ = ended => {}
-            },
-            Err(error) => warn!("timings cannot be served on {}: {error}", path.display()),
+            Ok(listener) => {
+                let page = |path: &str| match path {
+                    "/metrics" => Some((TEXT, starts.text(&namespace, &pod))),
+                    pod_containers::PATH => Some((JSON, containers(&tasks))),
+                    _ => None,
+                };
+                tokio::select! {
+                    () = answer_all(&listener, page) => {}
+                    _ = ended => {}
+                }
+            }
+            Err(error) => warn!("the pod cannot be asked on {}: {error}", path.display()),
         }
     });
 }
 
 /// One client after the other: none can hold more than one connection's memory, nor for longer than the limit.
-async fn answer_all(listener: &UnixListener, text: impl Fn() -> String) {
+async fn answer_all(listener: &UnixListener, page: impl Fn(&str) -> Option<Page>) {
     loop {
         let Ok((mut client, _)) = listener.accept().await else {
             sleep(PAUSE).await;
             continue;
         };
         let answered = timeout(LIMIT, async {
-            let answer = answer(request(&mut client).await?.as_deref(), &text);
+            let answer = answer(request(&mut client).await?.as_deref(), &page);
             client.write_all(answer.as_bytes()).await?;
             client.shutdown().await
         });
         match answered.await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => debug!("a client of the timings has gone: {error}"),
-            Err(_) => debug!("a client of the timings took more than {LIMIT:?}"),
+            Ok(Err(error)) => debug!("a client of the pod's socket has gone: {error}"),
+            Err(_) => debug!("a client of the pod's socket took more than {LIMIT:?}"),
         }
     }
 }

@@ -28,7 +28,6 @@ use crate::sandbox_service::SandboxService;
 use crate::service::Service;
 use crate::shim::Shim;
 use crate::start::TTRPC_ADDRESS;
-use crate::tasks::Tasks;
 use crate::watch::{self, Notice};
 
 /// The Task API's name up to containerd 1.7; containerd 2 knows the same messages by another. It takes either.
@@ -87,7 +86,7 @@ async fn run(flags: &Flags, listener: UnixListener, address: &str) -> Result<(),
     let (notices, waiting) = mpsc::unbounded_channel();
     let shim = Arc::new(Shim {
         namespace: flags.namespace.clone(),
-        tasks: Tasks::default(),
+        tasks: Arc::default(),
         events: Events::to(address, &flags.namespace),
         notices,
         done: Notify::new(),

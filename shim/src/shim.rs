@@ -41,7 +41,7 @@ const LAST_TASKS: Duration = Duration::from_secs(20);
 #[derive(Debug)]
 pub(crate) struct Shim {
     pub(crate) namespace: String,
-    pub(crate) tasks: Tasks,
+    pub(crate) tasks: Arc<Tasks>,
     pub(crate) events: Events,
     pub(crate) notices: mpsc::UnboundedSender<Notice>,
     /// Told when the shim is to end, see [`Self::end`].
@@ -225,7 +225,7 @@ impl Shim {
         }
         if exec.is_empty() {
             self.starts.started(id, asked);
-            observe::serve(&task.vm, &self.namespace, self.starts.clone());
+            observe::serve(&task.vm, &self.namespace, self.starts.clone(), self.tasks.clone());
         }
         Ok(pid)
     }
@@ -319,7 +319,7 @@ impl Shim {
         let (vm, timings) = blocking(boot).await?;
         let vm = Arc::new(vm);
         self.starts.add(&vm.sandbox, Arc::new(timings));
-        observe::serve(&vm, &self.namespace, self.starts.clone());
+        observe::serve(&vm, &self.namespace, self.starts.clone(), self.tasks.clone());
         self.tasks.set_vm(vm.clone());
         watch::vm(&vm, self.notices.clone());
         Ok(vm)

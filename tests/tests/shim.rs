@@ -15,7 +15,7 @@ use crate::shim_tests::{disks, ends, events, logs, nonsense, observed, paused, r
 
 type Test = (&'static str, fn(&Player));
 
-const TESTS: [Test; 35] = [
+const TESTS: [Test; 36] = [
     ("both_ways_to_start_a_shim", ends::both_ways),
     ("the_sandbox_service_from_end_to_end", sandbox::end_to_end),
     ("the_sandbox_service_out_of_order", sandbox::out_of_order),
@@ -32,6 +32,7 @@ const TESTS: [Test; 35] = [
     ("a_paused_pod_is_stopped_in_order", paused::stopped_in_order),
     ("a_paused_container_begins_nothing", paused::container),
     ("timings_of_a_pod_s_starts_are_told_until_its_end", observed::starts),
+    ("a_person_execs_into_a_pod_and_reads_its_kernel_s_log", observed::by_hand),
     ("bundles_that_cannot_be_run", refused::bundles),
     ("what_a_pod_cannot_have_is_refused_by_name", refused::by_name),
     ("a_root_in_an_image_can_be_written", disks::writable_image),

@@ -17,12 +17,14 @@ use std::time::Duration;
 
 use event_manager::EventSet;
 use serde::{Deserialize, Serialize};
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::disks::{DiskError, DiskPlace, Disks};
 use crate::event_loop::{EventLoop, Stop, on_readable};
 use crate::host_socket::{self, Listener};
 use crate::jail::seccomp::{self, Kind};
+use crate::klog;
 use crate::kvm::vcpu::{PAUSE_LIMIT, Vcpus};
 use crate::machine::Outcome;
 use crate::phase::{self, Reached};
@@ -52,6 +54,8 @@ enum Request {
     Shutdown,
     Status,
     Timings,
+    /// The guest kernel's log, see [`klog`].
+    Log,
     /// Makes the file that comes with the line a disk of the guest.
     AttachDisk {
         read_only: bool,
@@ -66,6 +70,7 @@ enum Request {
 enum Answer {
     Ok(&'static str),
     Phases(Vec<Reached>),
+    Log(String),
     Disk(DiskPlace),
     Error(String),
 }
@@ -78,6 +83,8 @@ pub struct Handles {
     pub stop: Stop<Outcome>,
     /// Set before the vCPUs are started.
     disks: Arc<OnceLock<Arc<Mutex<Disks>>>>,
+    /// What the guest kernel's log is read from: the guest's memory, and the kernel that runs in it.
+    guest: Arc<OnceLock<(GuestMemoryMmap, File)>>,
     /// Socket of the vsock device, to reach the guest's power button.
     vsock: Option<PathBuf>,
     /// Somebody has asked for a shutdown, which always ends in a stop.
@@ -88,13 +95,26 @@ impl Handles {
     /// `vsock` is the socket of the vsock device, if there is one.
     #[must_use]
     pub fn new(stop: Stop<Outcome>, vsock: Option<PathBuf>) -> Self {
-        Self { vcpus: Arc::default(), stop, disks: Arc::default(), vsock, shutting_down: Arc::default() }
+        let (vcpus, disks, guest) = (Arc::default(), Arc::default(), Arc::default());
+        Self { vcpus, stop, disks, guest, vsock, shutting_down: Arc::default() }
     }
 
     /// Lets clients attach disks from now on.
     pub(crate) fn set_disks(&self, disks: Arc<Mutex<Disks>>) {
         // There is one machine, which has one set of them.
         let _ = self.disks.set(disks);
+    }
+
+    /// Lets clients read the log of the guest that runs `kernel` in `memory` from now on.
+    pub(crate) fn set_guest(&self, memory: GuestMemoryMmap, kernel: File) {
+        // There is one machine, which has one guest.
+        let _ = self.guest.set((memory, kernel));
+    }
+
+    /// The guest kernel's log as it is now: the guest may run, which the reader bears.
+    fn log(&self) -> Result<String, String> {
+        let (memory, kernel) = self.guest.get().ok_or("the VM has not been made yet")?;
+        klog::read_from(memory, kernel).map_err(|error| report::line(&error))
     }
 
     fn with_disks<T>(&self, action: impl FnOnce(&mut Disks) -> Result<T, DiskError>) -> Result<T, String> {
@@ -259,6 +279,7 @@ fn answer(line: &[u8], file: Option<File>, handles: &Handles) -> Answer {
             .with_vcpus(Vcpus::paused)
             .map_or_else(not_started, |paused| Answer::Ok(if paused { "paused" } else { "running" })),
         Request::Timings => Answer::Phases(phase::all()),
+        Request::Log => handles.log().map_or_else(Answer::Error, Answer::Log),
         Request::AttachDisk { read_only } => {
             let Some(file) = file else { return Answer::Error("no file came with the request".into()) };
             let attached = handles.with_disks(|disks| disks.attach(file, read_only));
@@ -312,6 +333,11 @@ mod tests {
         let lines: Vec<_> = text.lines().collect();
         assert!(lines[0].starts_with(r#"{"phases":[{"name":"main","monotonic_ns":"#), "{text}");
         assert!(lines[1].starts_with(r#"{"error":"#), "{text}");
+    }
+
+    #[test]
+    fn a_log_needs_a_guest() {
+        assert_eq!(ask(b"{\"request\":\"log\"}\n"), "{\"error\":\"the VM has not been made yet\"}\n");
     }
 
     #[test]

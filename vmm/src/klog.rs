@@ -1,8 +1,8 @@
-//! The guest kernel's log, taken out of guest memory when a boot has failed.
+//! The guest kernel's log, taken out of guest memory when a boot has failed, and when somebody asks for it.
 //!
 //! A console costs an exit a character; the log itself is already in guest memory. This module finds Linux's printk
-//! ring buffer through the symbol table of the kernel image and reads what is in it, after the vCPUs have stopped.
-//! Nothing here runs while the guest runs, and nothing is prepared for it beforehand.
+//! ring buffer through the symbol table of the kernel image and reads what is in it. Nothing is prepared for it beforehand.
+//! A guest that runs meanwhile may change what is read: a record that was overwritten half way does not agree with itself.
 //!
 //! Layouts are those of `kernel/printk/printk_ringbuffer.h` of Linux 6.12 on x86-64, for a kernel that runs at the
 //! addresses it was linked at (no KASLR). A kernel with another layout gives an error and not nonsense: a record

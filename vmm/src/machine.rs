@@ -195,6 +195,7 @@ impl Machine {
         let mut slots = Slots::new(&vm, &memory, workers).map_err(MachineError::Host)?;
         let disks = crate::slots::attach_devices(&mut slots, config, opened.entropy, interfaces)?;
         handles.set_disks(disks);
+        handles.set_guest(memory.clone(), opened.kernel.try_clone().map_err(MachineError::Host)?);
         for device in slots.cmdline() {
             append(&mut cmdline, device).map_err(MachineError::Boot)?;
         }

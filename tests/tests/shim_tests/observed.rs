@@ -103,3 +103,67 @@ pub(crate) fn starts(player: &Player) {
         "it outlives its pod"
     );
 }
+
+/// `krx ARGUMENTS` beside the shim: exit code, what it printed, and what it complained of.
+fn krx(player: &Player, arguments: &[&str]) -> (Option<i32>, String, String) {
+    let output = Command::new(player.host.krx()).args(arguments).output().expect("krx");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
+}
+
+/// What a person on the node can do with a pod of containerd's.
+pub(crate) fn by_hand(player: &Player) {
+    let id = player.id("handy");
+    let name = format!("{NAMESPACE}.{id}");
+    let pod = player.shim(&id, &bundle::sandbox(&player.host, &id));
+    let pid = pod.create(&id).expect("create");
+    pod.start(&id, "").expect("start");
+    let served = || until(Duration::from_secs(20), || socket(&id).exists().then_some(()));
+    served().expect("the pod's socket");
+    assert!(krx(player, &["ps"]).1.contains(&name));
+    let (code, _, complaint) = krx(player, &["exec", &name, "true"]);
+    assert!(code == Some(125) && complaint.contains("no container yet"), "{complaint}");
+
+    let members: Vec<_> = ["one", "two"]
+        .map(|name| {
+            let member_id = player.id(name);
+            let mut config = bundle::member(&player.host, &SLEEP, &id, pid);
+            config["process"]["env"] = serde_json::json!(["PATH=/usr/bin:/bin", format!("WHO={name}")]);
+            let member = player.shim(&member_id, &config);
+            member.create(&member_id).expect("create");
+            member.start(&member_id, "").expect("start");
+            (member_id, member)
+        })
+        .into_iter()
+        .collect();
+    let (code, _, complaint) = krx(player, &["exec", &name, "true"]);
+    assert!(code == Some(125) && complaint.contains("choose one by -c"), "{complaint}");
+    for ((member_id, _), who) in members.iter().zip(["one", "two"]) {
+        let shown = krx(player, &["exec", "-c", member_id, &name, "sh", "-c", "echo $WHO; exit 7"]);
+        assert_eq!(shown, (Some(7), format!("{who}\n"), String::new()));
+    }
+    let first = &members[0].0;
+    let shown = krx(player, &["exec", "-u", "1234:77", "-c", first, &name, "id"]);
+    assert!(shown.1.contains("uid=1234") && shown.1.contains("gid=77"), "{shown:?}");
+    let (code, _, complaint) = krx(player, &["exec", "-u", "root", "-c", first, &name, "true"]);
+    assert!(code == Some(125) && complaint.contains("by number"), "{complaint}");
+    let (code, _, complaint) = krx(player, &["exec", "-c", "nobody", &name, "true"]);
+    assert!(code == Some(125) && complaint.contains(first), "{complaint}");
+    // The shim knows nothing of these processes, and its tasks end as ever.
+    let (code, log, complaint) = krx(player, &["console", &name]);
+    assert!(code == Some(0) && log.contains("Linux version "), "{log}{complaint}");
+    // A reader that leaves is no error.
+    let script = r#"{ sleep 1; "$0" console "$1"; "$0" ps; } | true"#;
+    let left =
+        Command::new("sh").args(["-c", script]).arg(player.host.krx()).arg(&name).output().expect("sh");
+    assert!(left.stderr.is_empty(), "{}", String::from_utf8_lossy(&left.stderr));
+
+    for (member_id, member) in &members {
+        member.kill(member_id, "", 9).expect("kill");
+        member.wait(member_id, "").expect("wait");
+        member.delete(member_id, "").expect("delete");
+    }
+    pod.end();
+    let (code, _, complaint) = krx(player, &["console", &name]);
+    assert!(code == Some(125) && complaint.contains("No pod named"), "{complaint}");
+}

@@ -56,7 +56,7 @@ impl Kind {
             Self::Network => &[BASIC, EVENTS, FRAMES],
             Self::VhostNetwork => &[BASIC, EVENTS, VHOST],
             Self::Block => &[BASIC, EVENTS, DISK],
-            Self::Control => &[BASIC, EVENTS, SOCKETS, THREADS, ATTACHMENT, DISK],
+            Self::Control => &[BASIC, EVENTS, SOCKETS, THREADS, ATTACHMENT, DISK, LOG],
             Self::Janitor => &[BASIC, REMOVAL],
         }
     }
@@ -210,6 +210,9 @@ const ATTACHMENT: &[Call] = &[
     when(libc::SYS_ioctl, 1, Is(KVM_IRQFD)),
     when(libc::SYS_ioctl, 1, Is(KVM_IOEVENTFD)),
 ];
+
+/// The kernel image, in which the guest's log is looked up.
+const LOG: &[Call] = &[any(libc::SYS_pread64)];
 
 /// Requests to a disk.
 const DISK: &[Call] =
