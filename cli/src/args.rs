@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::confinement::Confinement;
+
 #[derive(Debug, Parser)]
 #[command(name = "krx", version, about = "Runs containers in micro-VMs", after_help = EXIT_CODES)]
 pub(crate) struct Cli {
@@ -39,6 +41,9 @@ pub(crate) struct ProcessOptions {
     /// Environment variable; without a value the caller's own is taken
     #[arg(short, long = "env", value_name = "NAME[=VALUE]")]
     pub(crate) env: Vec<String>,
+    /// File with environment variables, one a line as for --env
+    #[arg(long, value_name = "FILE")]
+    pub(crate) env_file: Vec<PathBuf>,
     /// Working directory in the container
     #[arg(short, long, value_name = "DIR")]
     pub(crate) workdir: Option<String>,
@@ -61,7 +66,7 @@ pub(crate) struct Run {
     /// OCI bundle: a directory with a config.json
     #[arg(long, value_name = "DIR")]
     pub(crate) bundle: Option<PathBuf>,
-    /// Virtual CPUs, 1 to 8 [default: the settings', 1]
+    /// CPUs, 0.01 to 8; with a fraction, of virtual ones by the next whole number [default: the settings', 1]
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     pub(crate) cpus: Option<String>,
     /// Memory of the VM: bytes, or a number with K, M, G or T [default: the settings', 256M]
@@ -69,6 +74,8 @@ pub(crate) struct Run {
     pub(crate) memory: Option<String>,
     #[command(flatten)]
     pub(crate) process: ProcessOptions,
+    #[command(flatten)]
+    pub(crate) confinement: Confinement,
     /// Directory or file of the host to show in the container
     #[arg(short, long = "volume", value_name = "HOST:GUEST[:ro]")]
     pub(crate) volumes: Vec<String>,

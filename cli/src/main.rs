@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod confinement;
 mod doctor;
 mod error;
 mod parse;

@@ -1,5 +1,6 @@
 //! Words of the command line that are more than words: sizes, counts, signals, variables. Pure.
 
+use krx_proto::{CpuMax, Limit};
 use krx_sandbox::default_spec::MAX_HOSTNAME;
 use krx_sandbox::settings::units::{self, Bare};
 use krx_vmm::config::{MemorySize, VcpuCount};
@@ -16,11 +17,28 @@ pub(crate) fn memory(text: &str) -> Result<MemorySize, CliError> {
     units::memory(text, Bare::Bytes).or_else(|error| usage(error.to_string()))
 }
 
-pub(crate) fn cpus(text: &str) -> Result<VcpuCount, CliError> {
-    let checked = text.parse().ok().and_then(|count| VcpuCount::new(count).ok());
+/// CPUs: so many virtual ones, and for a number with a fraction the time of them that may be used.
+pub(crate) fn cpus(text: &str) -> Result<(VcpuCount, Option<CpuMax>), CliError> {
+    /// Microseconds.
+    const PERIOD: u64 = 100_000;
+    let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
+    let is_number =
+        |digits: &str| (1..=3).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_digit());
+    let thousandths = || -> Option<u64> {
+        if !is_number(whole) || !is_number(fraction) {
+            return None;
+        }
+        Some(whole.parse::<u64>().ok()? * 1000 + format!("{fraction:0<3}").parse::<u64>().ok()?)
+    };
+    // The kernel knows no quota below a millisecond, a hundredth of the period.
+    let checked = thousandths().filter(|count| *count >= 10).and_then(|count| {
+        let vcpus = VcpuCount::new(u8::try_from(count.div_ceil(1000)).ok()?.into()).ok()?;
+        let quota = CpuMax { quota: Limit::At(count * PERIOD / 1000), period: PERIOD };
+        Some((vcpus, (count % 1000 > 0).then_some(quota)))
+    });
     match checked {
-        Some(count) => Ok(count),
-        None => usage(format!("CPUs `{text}` cannot be: give a whole number from 1 to {}", VcpuCount::MAX)),
+        Some(checked) => Ok(checked),
+        None => usage(format!("CPUs `{text}` cannot be: give a number from 0.01 to {}", VcpuCount::MAX)),
     }
 }
 
@@ -79,8 +97,11 @@ mod tests {
 
     #[test]
     fn cpu_counts_are_bounded() {
-        assert_eq!(cpus("8").unwrap().get(), 8);
-        for bad in ["0", "9", "1000", "-1", "0.5", "", "two"] {
+        let of = |text: &str| cpus(text).map(|(count, time)| (count.get(), time.map(|time| time.quota)));
+        assert_eq!((of("8").unwrap(), of("2.0").unwrap()), ((8, None), (2, None)));
+        assert_eq!(of("0.5").unwrap(), (1, Some(Limit::At(50_000))));
+        assert_eq!(of("1.25").unwrap(), (2, Some(Limit::At(125_000))));
+        for bad in ["0", "9", "8.001", "0.001", "1000", "-1", ".5", "1.", "1.2.3", "", "two", "1.0000"] {
             assert!(cpus(bad).is_err(), "{bad}");
         }
     }

@@ -1,6 +1,7 @@
 //! What `run` and `exec` have in common: a process made of options, brought to its end with its streams.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -34,7 +35,11 @@ impl ProcessOptions {
     /// Changes `spec` as the options say; names of users are looked up in `rootfs`. Returns what a later process of
     /// another user starts from.
     pub(crate) fn apply(&self, spec: &mut ProcessSpec, rootfs: &Path) -> Result<ExecBase, CliError> {
-        for text in &self.env {
+        let mut variables = Vec::new();
+        for file in &self.env_file {
+            variables.extend(env_file(file)?);
+        }
+        for text in variables.iter().chain(&self.env) {
             if let Some(variable) = parse::variable(text, |name| std::env::var(name).ok())? {
                 parse::set_variable(&mut spec.env, variable);
             }
@@ -63,6 +68,21 @@ impl ProcessOptions {
         spec.terminal = self.tty.then(terminal::size);
         Ok(ExecBase { capabilities, default_home })
     }
+}
+
+/// The lines of a file of variables, without those that are empty or begin with `#`.
+fn env_file(path: &Path) -> Result<Vec<String>, CliError> {
+    /// More than a process can be given.
+    const MAX_FILE: u64 = 4 << 20;
+    let failed =
+        |why: &str| CliError::Usage(format!("File of variables {} cannot be used: {why}", path.display()));
+    let mut text = String::new();
+    let read = File::open(path).and_then(|file| file.take(MAX_FILE + 1).read_to_string(&mut text));
+    if read.map_err(|error| failed(&error.to_string()))? as u64 > MAX_FILE {
+        return Err(failed("it is larger than 4 MiB"));
+    }
+    let lines = text.lines().map(str::trim_start).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    Ok(lines.map(String::from).collect())
 }
 
 /// Starts a created process and stays with it until it has ended and all its output is written.

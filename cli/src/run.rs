@@ -82,13 +82,16 @@ fn plan(arguments: &Run) -> Result<(PodConfig, Container, ExecBase), CliError> {
     let settings = Settings::load()?;
     let vm = &settings.vm;
     let memory = arguments.memory.as_deref().map_or(Ok(vm.memory), parse::memory)?;
-    let cpus = arguments.cpus.as_deref().map_or(Ok(vm.cpus), parse::cpus)?;
+    let (cpus, quota) = arguments.cpus.as_deref().map_or(Ok((vm.cpus, None)), parse::cpus)?;
     let name = arguments.name.clone().unwrap_or_else(|| format!("krx-{}", process::id()));
     if !krx_proto::validate_id(&name) {
         let form = "1 to 76 letters, digits, dots, dashes and underscores, the first a letter, a digit or an underscore";
         return Err(CliError::Usage(format!("Name `{name}` cannot be: give {form}")));
     }
-    let (container, exec) = container(arguments, &name)?;
+    let (mut container, exec) = container(arguments, &name)?;
+    if quota.is_some() {
+        container.spec.resources.cpu_max = quota;
+    }
     let config = PodConfig {
         name,
         artifacts: Artifacts::find(arguments.kernel.as_deref(), &settings)?,
@@ -112,6 +115,7 @@ fn container(arguments: &Run, name: &str) -> Result<(Container, ExecBase), CliEr
         (None, Some(directory)) => bundle::read(name, directory)?,
         _ => return Err(CliError::Usage("Give either --rootfs DIR or --bundle DIR".into())),
     };
+    arguments.confinement.apply(&mut container.spec)?;
     let volumes: Result<Vec<_>, _> = arguments.volumes.iter().map(|text| Volume::parse(text)).collect();
     container.add_volumes(volumes.map_err(ContainerError::Volume)?)?;
     let rootfs = container.rootfs().to_owned();
@@ -128,6 +132,7 @@ fn container(arguments: &Run, name: &str) -> Result<(Container, ExecBase), CliEr
         // The bundle's own wish, as far as there is a terminal to give.
         with_terminal = crate::args::ProcessOptions {
             env: options.env.clone(),
+            env_file: options.env_file.clone(),
             workdir: options.workdir.clone(),
             user: options.user.clone(),
             tty: true,

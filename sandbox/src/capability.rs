@@ -26,6 +26,20 @@ pub fn mask<'a>(capabilities: impl IntoIterator<Item = &'a Capability>) -> u64 {
     capabilities.into_iter().fold(0, |mask, capability| mask | 1 << number(*capability))
 }
 
+/// All there are.
+#[must_use]
+pub fn all() -> u64 {
+    (1 << (number(Capability::CheckpointRestore) + 1)) - 1
+}
+
+/// The mask of the capability of that name, in any case, with or without `CAP_`.
+#[must_use]
+pub fn named(name: &str) -> Option<u64> {
+    let name = name.to_ascii_uppercase();
+    let name = if name.starts_with("CAP_") { name } else { format!("CAP_{name}") };
+    serde_json::from_value::<Capability>(name.into()).ok().map(|capability| 1 << number(capability))
+}
+
 /// Its number in `linux/capability.h`.
 fn number(capability: Capability) -> u32 {
     match capability {
@@ -80,5 +94,14 @@ mod tests {
     #[test]
     fn default_set_is_docker_s() {
         assert_eq!(mask(&DEFAULT), 0x0000_0000_a804_25fb);
+    }
+
+    #[test]
+    fn names_are_those_of_the_manual() {
+        assert_eq!(named("net_raw"), Some(1 << 13));
+        assert_eq!(named("CAP_CHECKPOINT_RESTORE"), Some(1 << 40));
+        assert_eq!(named("Cap_Chown"), Some(1));
+        assert_eq!((named(""), named("CAP_"), named("root")), (None, None, None));
+        assert_eq!(all(), 0x1ff_ffff_ffff);
     }
 }

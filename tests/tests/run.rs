@@ -56,6 +56,38 @@ fn environment_directory_user_and_hostname_are_given() {
 }
 
 #[test]
+fn options_that_docker_has_mean_what_they_do_there() {
+    let Some(place) = Place::new() else { return };
+    let file = place.scratch.join("variables");
+    std::fs::write(&file, "# of the test\nCOLOUR=green\n\n  SHAPE=round\n").expect("file");
+    let file = file.to_str().expect("path");
+    let options =
+        ["--cap-drop", "ALL", "--cap-add", "net_bind_service", "--pids-limit", "20", "--cpus", "1.5"];
+    let further = ["--ulimit", "nofile=77:88", "--tmpfs", "/scratch:size=1m,mode=1777", "--env-file", file];
+    let script = "grep CapEff /proc/self/status; cat /sys/fs/cgroup/pids.max /sys/fs/cgroup/cpu.max; nproc; \
+        ulimit -n; ulimit -Hn; stat -f -c '%T %b %S' /scratch; stat -c %a /scratch; echo $COLOUR $SHAPE";
+    let options = [&options[..], &further, &["-e", "SHAPE=square"]].concat();
+    let ended = place.sh(&options, script).ok();
+    assert_eq!(
+        ended.out,
+        "CapEff:\t0000000000000400\n20\n150000 100000\n2\n77\n88\ntmpfs 256 4096\n1777\ngreen square\n"
+    );
+    for (bad, about) in [
+        (["--cap-add", "nonsense"], "capabilities(7)"),
+        (["--ulimit", "nofile=2:1"], "soft part"),
+        (["--tmpfs", "/a:bind"], "--tmpfs"),
+        (["--pids-limit", "0"], "processes"),
+        (["--cpus", "0"], "0.01"),
+        (["--security-opt", "seccomp=x"], "no-new-privileges"),
+        (["--env-file", "/nonexistent"], "/nonexistent"),
+    ] {
+        let refused = place.sh(&bad, "true");
+        assert!(refused.code == 125 && refused.err.contains(about), "{refused:?}");
+    }
+    place.assert_clean();
+}
+
+#[test]
 fn memory_is_what_was_asked_for() {
     let Some(place) = Place::new() else { return };
     let ended = place.sh(&["--memory", "192M"], "grep MemTotal /proc/meminfo").ok();
