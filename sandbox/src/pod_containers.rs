@@ -4,6 +4,7 @@
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::Duration;
 
 use krx_proto::ProcessSpec;
@@ -48,7 +49,7 @@ pub enum MemberError {
 /// [`MemberError::Ask`]: nobody answers there, or says something else.
 pub fn ask(socket: &Path) -> Result<Vec<PodMember>, MemberError> {
     let asked = || -> io::Result<Vec<PodMember>> {
-        let mut client = UnixStream::connect(socket)?;
+        let mut client = connect(socket)?;
         client.set_read_timeout(Some(LIMIT))?;
         client.set_write_timeout(Some(LIMIT))?;
         client.write_all(format!("GET {PATH} HTTP/1.0\r\n\r\n").as_bytes())?;
@@ -57,6 +58,23 @@ pub fn ask(socket: &Path) -> Result<Vec<PodMember>, MemberError> {
         parse(&answer)
     };
     asked().map_err(|source| MemberError::Ask { path: socket.into(), source })
+}
+
+/// Connects, a little later where the owner is only about to listen: it does so when the pod's first start is answered.
+fn connect(socket: &Path) -> io::Result<UnixStream> {
+    const TRIES: u32 = 10;
+    const PAUSE: Duration = Duration::from_millis(100);
+    for _ in 1..TRIES {
+        match UnixStream::connect(socket) {
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
+            {
+                thread::sleep(PAUSE);
+            }
+            result => return result,
+        }
+    }
+    UnixStream::connect(socket)
 }
 
 /// The body of an answer, if that is one of success.

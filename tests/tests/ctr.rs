@@ -92,7 +92,8 @@ fn exec(engine: &Engine) {
             "{pods}"
         );
         let name = pods.split_whitespace().find(|word| word.ends_with(".exec")).expect("its name");
-        assert!(krx(&["exec", name, "--", "true"]).err.contains("crictl"), "containerd's own");
+        assert_eq!(krx(&["exec", name, "--", "cat", "/proc/1/comm"]).ok().out, "sleep\n");
+        assert!(krx(&["kill", name]).err.contains("crictl"), "containerd's own");
     }
     delete(engine, "exec");
 }
