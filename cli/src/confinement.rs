@@ -83,8 +83,11 @@ impl Confinement {
         }
         for text in &self.tmpfs {
             let mount = tmpfs(text)?;
-            spec.mounts.retain(|earlier| earlier.destination != mount.destination);
-            spec.mounts.push(mount);
+            // In its place: what is mounted below it comes after it.
+            match spec.mounts.iter_mut().find(|earlier| earlier.destination == mount.destination) {
+                Some(earlier) => *earlier = mount,
+                None => spec.mounts.push(mount),
+            }
         }
         Ok(())
     }

@@ -13,23 +13,18 @@ use krx_proto::{
 use nix::sched::{CloneFlags, setns};
 
 use crate::cgroup::{self, Cgroup};
-use crate::child;
 use crate::container::{ContainerPlan, MountKind, RootPlan};
-use crate::disks;
 use crate::error::{Doing, StepError, invalid};
 use crate::forked::{Process, fork};
 use crate::freezer::Freezer;
-use crate::identity;
 use crate::lifecycle::{Caller, Next, Reply, wrong_state};
 use crate::limits::Limits;
 use crate::live::{Refreshes, Replica};
-use crate::network;
 use crate::oom::OomWatch;
 use crate::process::ProcessPlan;
 use crate::relay::Relay;
 use crate::shm::SharedMemory;
-use crate::stats;
-use crate::sys;
+use crate::{child, disks, identity, network, stats, sys};
 
 /// More containers than a pod has. Stops a host gone wild from using up the guest's descriptors.
 const MAX_CONTAINERS: usize = 128;

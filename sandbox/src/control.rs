@@ -23,8 +23,10 @@ pub(crate) const CONTROL_TIMEOUT: Duration = Duration::from_secs(5);
 /// # Errors
 /// The VMM does not answer, or finds no log in its guest.
 pub fn guest_log(socket: &Path) -> Result<String, VmmError> {
-    let mut answer = ask(socket, "log", &json!("log"), None)?;
-    serde_json::from_value(answer["log"].take()).map_err(|error| VmmError::Control(error.into()))
+    let answer = ask(socket, "log", &json!("log"), None)?;
+    let log = answer["log"].as_str().ok_or_else(|| VmmError::Control(io::ErrorKind::InvalidData.into()))?;
+    // A VMM that its guest has taken over has no business with the caller's terminal.
+    Ok(log.replace(|c: char| c.is_control() && c != '\n', "?"))
 }
 
 /// Makes a request, and passes `file` with it. `name` is that of the request.
