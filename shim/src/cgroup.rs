@@ -2,18 +2,35 @@
 //! is counted where the kubelet looks for it, and held to the limits it has set there.
 //!
 //! The action `start` reads its name and has the shim begin there. A pod of which nothing is known by then is entered
-//! later, see `krx_sandbox::cgroup_child` for what that costs.
+//! later, see `krx_sandbox::cgroup_child` for what that costs. Where systemd has the cgroups, it is told of a pod's by
+//! `scope`.
 
 use std::env;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// The hierarchy of version 2, or where it is beside one of version 1.
 const ROOTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
 
+/// Longest that systemd may take to remove the cgroup of a scope that has ended.
+const SYSTEMD: Duration = Duration::from_secs(10);
+/// Between two looks at whether something is gone.
+const MOMENT: Duration = Duration::from_millis(5);
+
 /// In the environment of a shim that has begun in its pod's cgroup: where the process was that has started it.
 pub(crate) const HOME: &str = "KRX_SHIM_HOME";
+
+/// A unit of systemd's whose cgroup is the pod's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Scope {
+    pub(crate) slice: String,
+    pub(crate) unit: String,
+}
 
 /// A cgroup that the shim is in. Left and removed when dropped.
 #[derive(Debug)]
@@ -21,6 +38,8 @@ pub(crate) struct PodCgroup {
     path: PathBuf,
     /// Where the shim goes when it leaves.
     home: PathBuf,
+    /// Whether systemd removes it when nobody is in it.
+    kept: Arc<AtomicBool>,
 }
 
 impl PodCgroup {
@@ -33,9 +52,15 @@ impl PodCgroup {
             return Ok(begun);
         }
         let Some(home) = own()? else { return Ok(None) };
-        let cgroup = Self { path, home };
+        let cgroup = Self { path, home, kept: Arc::default() };
         cgroup.move_to(&cgroup.path)?;
         Ok(Some(cgroup))
+    }
+
+    /// Leaves the removal to systemd, from now on and as long as the flag is set.
+    pub(crate) fn keep(&self) -> Arc<AtomicBool> {
+        self.kept.store(true, Ordering::Relaxed);
+        self.kept.clone()
     }
 
     fn move_to(&self, path: &Path) -> io::Result<()> {
@@ -45,7 +70,7 @@ impl PodCgroup {
 
 impl Drop for PodCgroup {
     fn drop(&mut self) {
-        if self.move_to(&self.home).is_ok() {
+        if self.move_to(&self.home).is_ok() && !self.kept.load(Ordering::Relaxed) {
             remove(&self.path);
         }
     }
@@ -69,7 +94,7 @@ pub(crate) fn own() -> io::Result<Option<PathBuf>> {
 /// The cgroup in which the action `start` had this process begin, as long as it is there.
 fn begun() -> io::Result<Option<PodCgroup>> {
     let home = env::var_os(HOME).map(PathBuf::from);
-    let begun = own()?.zip(home).map(|(path, home)| PodCgroup { path, home });
+    let begun = own()?.zip(home).map(|(path, home)| PodCgroup { path, home, kept: Arc::default() });
     Ok(begun.filter(|begun| begun.path != begun.home))
 }
 
@@ -78,19 +103,32 @@ pub(crate) fn leave() {
     let _ = begun();
 }
 
-/// Removes the cgroup that a configuration names, if nobody is in it.
+/// Removes the cgroup that a configuration names, if nobody is in it. Blocks as long as systemd may be about to.
 pub(crate) fn clean_up(name: &Path) {
-    if let (Some(root), Ok(relative)) = (root(), relative(name)) {
-        remove(&root.join(relative));
+    let (Some(root), Ok(relative)) = (root(), relative(name)) else { return };
+    let path = root.join(relative);
+    if has_systemd() && scope(name).is_some() {
+        // It does not see that nobody is in a cgroup that is not there, and would keep the unit.
+        let patience = Instant::now() + SYSTEMD;
+        while path.exists() && Instant::now() < patience {
+            thread::sleep(MOMENT);
+        }
     }
+    remove(&path);
 }
 
-fn remove(path: &Path) {
+/// Whether cgroups are systemd's (sd_booted(3)).
+pub(crate) fn has_systemd() -> bool {
+    Path::new("/run/systemd/system").is_dir()
+}
+
+/// Removes a cgroup's directory, if nobody is in it.
+pub(crate) fn remove(path: &Path) {
     // Its parents are the kubelet's. A process that has just ended may be counted for a moment more.
     for _ in 0..20 {
         match fs::remove_dir(path) {
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-                std::thread::sleep(std::time::Duration::from_millis(5));
+                thread::sleep(MOMENT);
             }
             _ => return,
         }
@@ -106,22 +144,25 @@ fn root() -> Option<PathBuf> {
 fn relative(name: &Path) -> io::Result<PathBuf> {
     let refused = || io::Error::new(io::ErrorKind::InvalidInput, format!("{} is no cgroup", name.display()));
     let text = name.to_str().ok_or_else(refused)?;
-    let path = match *text.split(':').collect::<Vec<_>>() {
-        [path] => PathBuf::from(path.trim_start_matches('/')),
-        [slice, prefix, name] => {
-            let scope =
-                if prefix.is_empty() { format!("{name}.scope") } else { format!("{prefix}-{name}.scope") };
-            slice_path(slice).ok_or_else(refused)?.join(scope)
-        }
-        _ => return Err(refused()),
+    let path = match scope(name) {
+        Some(Scope { slice, unit }) => slice_path(&slice).ok_or_else(refused)?.join(unit),
+        None if text.contains(':') => return Err(refused()),
+        None => PathBuf::from(text.trim_start_matches('/')),
     };
     let steps = path.components().all(|part| matches!(part, std::path::Component::Normal(_)));
     if steps && path.components().next().is_some() { Ok(path) } else { Err(refused()) }
 }
 
+/// The unit of a name that is of the systemd driver's form.
+pub(crate) fn scope(name: &Path) -> Option<Scope> {
+    let [slice, prefix, name] = *name.to_str()?.split(':').collect::<Vec<_>>() else { return None };
+    let slice = if slice.is_empty() { "system.slice" } else { slice };
+    let unit = if prefix.is_empty() { format!("{name}.scope") } else { format!("{prefix}-{name}.scope") };
+    Some(Scope { slice: slice.into(), unit })
+}
+
 /// The directories of a slice: `a-b.slice` lies in `a.slice` (systemd.slice(5)).
 fn slice_path(slice: &str) -> Option<PathBuf> {
-    let slice = if slice.is_empty() { "system.slice" } else { slice };
     let name = slice.strip_suffix(".slice")?;
     if name.is_empty() || name.contains('/') || name.split('-').any(str::is_empty) {
         // `-.slice` is the root.

@@ -30,6 +30,7 @@ mod process;
 mod requests;
 mod root_disk;
 mod sandbox_service;
+mod scope;
 mod serve;
 mod service;
 mod shim;

@@ -181,7 +181,7 @@ fn spawn_into(options: &StartOpts, listener: &UnixListener, cgroup: &Path) -> Op
         cgroup_child::spawn(&mut command, File::open(directory)?.as_fd())
     };
     let made = cgroup::make(cgroup).ok()??;
-    begin(made).inspect_err(|_| cgroup::clean_up(cgroup)).ok()
+    begin(made.clone()).inspect_err(|_| cgroup::remove(&made)).ok()
 }
 
 fn spawn(command: &mut Command) -> io::Result<Pid> {

@@ -20,10 +20,11 @@ use krx_sandbox::timings::Timings;
 use log::warn;
 use tokio::sync::watch;
 
-use crate::cgroup::PodCgroup;
+use crate::cgroup::{self, PodCgroup};
 use crate::config_json::ConfigJson;
 use crate::error::{Result, ShimError, chain};
 use crate::process::Exit;
+use crate::scope;
 use crate::volumes::Volumes;
 
 /// Longest id of a pod (`krx_proto::validate_id`).
@@ -97,6 +98,10 @@ impl Vm {
         };
         let pod = Pod::boot(&StateRoot::from_env(), pod_config, timings, |_| ())?;
         pod.publish(None)?;
+        let scope = config.cgroup.as_deref().and_then(cgroup::scope).filter(|_| cgroup::has_systemd());
+        if let Some((scope, cgroup)) = scope.zip(cgroup.as_ref()) {
+            tokio::spawn(scope::register(scope, cgroup.keep()));
+        }
         let volumes = Volumes::of(&pod.agent());
         Ok(Self {
             pod,

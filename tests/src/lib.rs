@@ -15,6 +15,7 @@ pub mod lan;
 pub mod pod;
 pub mod scratch;
 pub mod shim;
+pub mod systemd;
 
 use std::path::{Path, PathBuf};
 
