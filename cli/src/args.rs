@@ -17,7 +17,7 @@ const EXIT_CODES: &str = "\
 Exit codes of run and exec: the process's own; 128+n if signal n ended it; 127 command not found, 126 not executable, \
 125 krx itself failed.
 Settings: /etc/krx/config.toml, or the file that KRX_CONFIG names. Options and environment go before them.
-Environment: KRX_STATE_DIR (default /run/krx), KRX_KERNEL, KRX_INITRAMFS, KRX_VMM, KRX_BOOT_TIMEOUT (seconds).";
+Environment: KRX_STATE_DIR (default /run/krx), KRX_IMAGE_DIR (default /var/lib/krx/images), KRX_KERNEL, KRX_INITRAMFS, KRX_VMM, KRX_BOOT_TIMEOUT (seconds).";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -36,7 +36,7 @@ pub(crate) enum Command {
 }
 
 /// Options that `run` and `exec` share: what the process is.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(crate) struct ProcessOptions {
     /// Environment variable; without a value the caller's own is taken
     #[arg(short, long = "env", value_name = "NAME[=VALUE]")]
@@ -66,6 +66,12 @@ pub(crate) struct Run {
     /// OCI bundle: a directory with a config.json
     #[arg(long, value_name = "DIR")]
     pub(crate) bundle: Option<PathBuf>,
+    /// Image: oci:DIR, oci-archive:FILE or docker-archive:FILE, with :TAG where it has several
+    #[arg(long, value_name = "IMAGE", conflicts_with_all = ["rootfs", "bundle"])]
+    pub(crate) image: Option<String>,
+    /// Program to run in the stead of the image's entrypoint and command
+    #[arg(long, value_name = "PROGRAM", requires = "image")]
+    pub(crate) entrypoint: Option<String>,
     /// CPUs, 0.01 to 8; with a fraction, of virtual ones by the next whole number [default: the settings', 1]
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     pub(crate) cpus: Option<String>,
@@ -104,7 +110,7 @@ pub(crate) struct Run {
     /// Prints when each phase of the start was reached, on standard error, after the end
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "table")]
     pub(crate) timings: Option<TimingsFormat>,
-    /// Command and arguments; a bundle has its own unless one is given
+    /// Command and arguments; a bundle and an image have their own unless one is given
     #[arg(last = true, value_name = "CMD")]
     pub(crate) command: Vec<String>,
 }

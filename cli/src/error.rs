@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::fmt::Write as _;
 
+use krx_image::ImageError;
 use krx_proto::{AgentError, ErrorKind};
 use krx_sandbox::agent::CallError;
 use krx_sandbox::artifacts::ArtifactError;
@@ -28,8 +29,8 @@ pub(crate) enum CliError {
     Usage(String),
     #[error(transparent)]
     Artifact(#[from] ArtifactError),
-    #[error("Bundle cannot be run")]
-    Bundle(#[from] BundleError),
+    #[error(transparent)]
+    Source(#[from] SourceError),
     #[error(transparent)]
     Node(#[from] NodeError),
     #[error(transparent)]
@@ -51,6 +52,17 @@ pub(crate) enum CliError {
     Lookup(#[from] LookupError),
 }
 
+/// Why a container cannot be had from where it was said to be.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SourceError {
+    #[error("Bundle cannot be run")]
+    Bundle(#[from] BundleError),
+    #[error("Image cannot be run")]
+    Image(#[from] ImageError),
+    #[error("Image cannot be mounted: krx wants to be root for that")]
+    Mounts(#[source] std::io::Error),
+}
+
 /// Why this node runs no pod.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NodeError {
@@ -69,6 +81,12 @@ pub(crate) enum LookupError {
     Log(#[source] VmmError),
     #[error("Standard output cannot be written")]
     Output(#[source] std::io::Error),
+}
+
+impl From<BundleError> for CliError {
+    fn from(error: BundleError) -> Self {
+        Self::Source(error.into())
+    }
 }
 
 impl From<SettingsError> for CliError {

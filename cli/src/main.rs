@@ -8,6 +8,7 @@ mod args;
 mod confinement;
 mod doctor;
 mod error;
+mod image;
 mod parse;
 mod pods;
 mod process;

@@ -1,9 +1,11 @@
 //! `krx run`: a pod from its making to its end.
 
+use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::Arc;
 use std::time::Duration;
 
+use krx_image::ContainerRoot;
 use krx_sandbox::artifacts::Artifacts;
 use krx_sandbox::container::{Container, ContainerError};
 use krx_sandbox::pod::{Pod, PodConfig, PodError};
@@ -16,6 +18,7 @@ use krx_sandbox::{bundle, preflight};
 
 use crate::args::{Run, TimingsFormat};
 use crate::error::CliError;
+use crate::image::{self, Prepared};
 use crate::parse;
 use crate::process::attend;
 use crate::signals::Signals;
@@ -23,7 +26,7 @@ use crate::signals::Signals;
 pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
     let timings = Arc::new(Timings::default());
     timings.mark("krx main");
-    let (config, mut container, exec) = plan(arguments)?;
+    let Plan { config, mut container, exec, root: image } = plan(arguments)?;
     let root = StateRoot::from_env();
     for Finding { what, meaning, remedy, .. } in preflight::check_start(&root, config.memory_mib)? {
         eprintln!("krx: warning: {what}: {meaning}. {remedy}");
@@ -43,7 +46,7 @@ pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
         timings.mark("container created");
         pod.publish(Some(PodContainer {
             id: container.spec.id.clone(),
-            rootfs: container.rootfs().into(),
+            rootfs: seen_by_all(container.rootfs(), image.is_some()),
             process: container.spec.process.clone(),
             exec,
         }))?;
@@ -73,8 +76,24 @@ pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
     }
 }
 
+/// What is to be started.
+struct Plan {
+    config: PodConfig,
+    container: Container,
+    /// What a further process in the container starts from.
+    exec: ExecBase,
+    /// The root file system, if it is an image's. Last, as it goes when nobody is in it.
+    root: Option<ContainerRoot>,
+}
+
+/// A directory as other processes find it: an image's is mounted for this one alone.
+fn seen_by_all(rootfs: &Path, private: bool) -> PathBuf {
+    let own = format!("/proc/{}/root", process::id());
+    if private { PathBuf::from(own + &rootfs.to_string_lossy()) } else { rootfs.into() }
+}
+
 /// All that can be known to be right or wrong before anything is started.
-fn plan(arguments: &Run) -> Result<(PodConfig, Container, ExecBase), CliError> {
+fn plan(arguments: &Run) -> Result<Plan, CliError> {
     arguments.process.check()?;
     if arguments.no_jail {
         eprintln!("krx: WARNING: --no-jail: a guest that takes over its VMM is root on this host");
@@ -88,7 +107,7 @@ fn plan(arguments: &Run) -> Result<(PodConfig, Container, ExecBase), CliError> {
         let form = "1 to 76 letters, digits, dots, dashes and underscores, the first a letter, a digit or an underscore";
         return Err(CliError::Usage(format!("Name `{name}` cannot be: give {form}")));
     }
-    let (mut container, exec) = container(arguments, &name)?;
+    let (mut container, exec, root) = container(arguments, &name)?;
     if quota.is_some() {
         container.spec.resources.cpu_max = quota;
     }
@@ -105,40 +124,41 @@ fn plan(arguments: &Run) -> Result<(PodConfig, Container, ExecBase), CliError> {
         vhost_net: settings.vm.vhost_net,
         jail: !arguments.no_jail,
     };
-    Ok((config, container, exec))
+    Ok(Plan { config, container, exec, root })
 }
 
-/// The container, and what a further process in it starts from.
-fn container(arguments: &Run, name: &str) -> Result<(Container, ExecBase), CliError> {
-    let mut container = match (&arguments.rootfs, &arguments.bundle) {
-        (Some(rootfs), None) => Container::on_rootfs(name, rootfs)?,
-        (None, Some(directory)) => bundle::read(name, directory)?,
-        _ => return Err(CliError::Usage("Give either --rootfs DIR or --bundle DIR".into())),
+/// The container, what a further process in it starts from, and its root file system if that is an image's.
+fn container(arguments: &Run, name: &str) -> Result<(Container, ExecBase, Option<ContainerRoot>), CliError> {
+    let mut options = arguments.process.clone();
+    let mut image = None;
+    let mut container = match (&arguments.rootfs, &arguments.bundle, &arguments.image) {
+        (Some(rootfs), None, None) => Container::on_rootfs(name, rootfs)?,
+        (None, Some(directory), None) => bundle::read(name, directory)?,
+        (None, None, Some(reference)) => {
+            let Prepared { root, config } = image::prepare(reference, name)?;
+            let mut container = Container::on_rootfs(name, &root.path())?;
+            let entrypoint = arguments.entrypoint.as_deref();
+            image::configure(&mut container.spec.process, &config, entrypoint, &arguments.command)?;
+            options.user = options.user.or(config.user);
+            image = Some(root);
+            container
+        }
+        _ => return Err(CliError::Usage("Give one of --rootfs DIR, --bundle DIR and --image IMAGE".into())),
     };
     arguments.confinement.apply(&mut container.spec)?;
     let volumes: Result<Vec<_>, _> = arguments.volumes.iter().map(|text| Volume::parse(text)).collect();
     container.add_volumes(volumes.map_err(ContainerError::Volume)?)?;
     let rootfs = container.rootfs().to_owned();
     let spec = &mut container.spec;
-    if !arguments.command.is_empty() {
+    if !arguments.command.is_empty() && image.is_none() {
         spec.process.args.clone_from(&arguments.command);
     }
     if spec.process.args.is_empty() {
         return Err(CliError::Usage("Give a command after `--`".into()));
     }
-    let mut options = &arguments.process;
-    let with_terminal;
     if arguments.bundle.is_some() && spec.process.terminal.is_some() && !options.tty {
         // The bundle's own wish, as far as there is a terminal to give.
-        with_terminal = crate::args::ProcessOptions {
-            env: options.env.clone(),
-            env_file: options.env_file.clone(),
-            workdir: options.workdir.clone(),
-            user: options.user.clone(),
-            tty: true,
-            interactive: options.interactive,
-        };
-        options = &with_terminal;
+        options.tty = true;
         options.check()?;
     }
     let exec = options.apply(&mut spec.process, &rootfs)?;
@@ -149,7 +169,7 @@ fn container(arguments: &Run, name: &str) -> Result<(Container, ExecBase), CliEr
         spec.root_readonly = true;
     }
     container.finish()?;
-    Ok((container, exec))
+    Ok((container, exec, image))
 }
 
 fn boot_timeout(default: Duration) -> Result<Duration, CliError> {

@@ -7,6 +7,8 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use krx_image::Digest;
+
 /// A directory of its own, removed when dropped.
 #[derive(Debug)]
 pub(crate) struct Scratch(PathBuf);
@@ -51,6 +53,39 @@ impl Scratch {
             std::os::unix::fs::symlink(to, share.join(name)).expect("share");
         }
         share
+    }
+
+    /// A directory with nothing in it, beside a file that is to stay as it is.
+    pub(crate) fn empty(&self, name: &str) -> PathBuf {
+        let directory = self.path(name);
+        let _ = fs::remove_dir_all(&directory);
+        fs::create_dir(&directory).expect("directory");
+        self.file("secret", b"outside");
+        directory
+    }
+
+    /// An OCI layout with an image of one layer, which is this archive as it is.
+    pub(crate) fn layout(&self, layer: &[u8]) -> PathBuf {
+        let layout = self.empty("layout");
+        let blobs = layout.join("blobs/sha256");
+        fs::create_dir_all(&blobs).expect("layout");
+        let blob = |content: &[u8], media: &str| {
+            let digest = Digest::of(content);
+            fs::write(blobs.join(digest.hex()), content).expect("blob");
+            let media = format!("application/vnd.oci.image.{media}");
+            format!(r#"{{"mediaType":"{media}","digest":"{digest}","size":{}}}"#, content.len())
+        };
+        let id = Digest::of(layer);
+        let config = format!(
+            r#"{{"architecture":"amd64","os":"linux","rootfs":{{"type":"layers","diff_ids":["{id}"]}}}}"#
+        );
+        let config = blob(config.as_bytes(), "config.v1+json");
+        let layer = blob(layer, "layer.v1.tar");
+        let manifest = format!(r#"{{"schemaVersion":2,"config":{config},"layers":[{layer}]}}"#);
+        let manifest = blob(manifest.as_bytes(), "manifest.v1+json");
+        let index = format!(r#"{{"schemaVersion":2,"manifests":[{manifest}]}}"#);
+        fs::write(layout.join("index.json"), index).expect("index");
+        layout
     }
 
     /// A bundle with a root and this `config.json`.

@@ -13,6 +13,7 @@ use std::cell::RefCell;
 use std::io::Cursor;
 use std::path::Path;
 
+use krx_image::{Reference, Store};
 use krx_proto::{Call, Message};
 use krx_sandbox::bundle::{self, PodNamespaces};
 use krx_sandbox::settings::annotations::Annotation;
@@ -39,7 +40,7 @@ use crate::input::Input;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 17] = [
+pub const TARGETS: [Target; 19] = [
     ("mmio_rng", mmio_rng),
     ("mmio_block", mmio_block),
     ("mmio_vsock", mmio_vsock),
@@ -51,6 +52,8 @@ pub const TARGETS: [Target; 17] = [
     ("klog", klog),
     ("agent_frames", agent_frames),
     ("bundle", bundle),
+    ("image_archive", image_archive),
+    ("image_layer", image_layer),
     ("settings", settings),
     ("annotations", annotations),
     ("shim_config", shim_config),
@@ -180,6 +183,31 @@ pub fn bundle(data: &[u8]) {
         let _ = bundle::process(data, &first);
         let _ = bundle::resources(data);
     });
+}
+
+/// An image in an archive.
+pub fn image_archive(data: &[u8]) {
+    with_scratch(|scratch| {
+        let path = scratch.file("archive", data);
+        for transport in ["oci-archive", "docker-archive"] {
+            import(scratch, &format!("{transport}:{}", path.display()));
+        }
+    });
+}
+
+/// The layer of an image that is right otherwise.
+pub fn image_layer(data: &[u8]) {
+    with_scratch(|scratch| import(scratch, &format!("oci:{}", scratch.layout(data).display())));
+}
+
+/// Imports into an empty store. Nothing may be made outside of it, and of what is refused nothing is kept.
+fn import(scratch: &Scratch, image: &str) {
+    let store = scratch.empty("store");
+    let (Ok(reference), Ok(opened)) = (Reference::parse(image), Store::open(&store)) else { return };
+    let imported = opened.import(&reference, |_| ());
+    let kept = |name: &str| std::fs::read_dir(store.join(name)).map_or(0, Iterator::count);
+    assert!(kept("tmp") == 0 && (imported.is_ok() || kept("layers") == 0));
+    assert_eq!(std::fs::read(scratch.path("secret")).ok().as_deref(), Some(&b"outside"[..]));
 }
 
 /// A file of a node's settings.

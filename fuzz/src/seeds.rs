@@ -36,6 +36,36 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
         "klog" => vec![log()],
         "agent_frames" => frames(),
         "bundle" => texts(&[BUNDLE, CONFINED, PROCESS, RESOURCES, r#"{"ociVersion":"1.2.0"}"#]),
+        "image_archive" => vec![
+            tar(&[
+                (b'0', "manifest.json", DOCKER_IMAGES),
+                (b'2', "l", "manifest.json"),
+                (b'0', "c.json", "{}"),
+            ]),
+            tar(&[(b'0', "index.json", IMAGE_INDEX), (b'0', "blobs/sha256/x", "{}")]),
+        ],
+        "image_layer" => vec![
+            tar(&[
+                (b'5', "d/", ""),
+                (b'0', "d/f", "data"),
+                (b'2', "l", "d"),
+                (b'1', "h", "d/f"),
+                (b'6', "p", ""),
+            ]),
+            tar(&[
+                (b'2', "up", ".."),
+                (b'0', "up/secret", "mine"),
+                (b'0', "d/.wh.f", ""),
+                (b'0', ".wh..wh..opq", ""),
+            ]),
+            tar(&[(b'x', "e", "18 path=some/file\n12 uid=1000\n20 mtime=-1.250000\n"), (b'0', "f", "x")]),
+            tar(&[
+                (b'L', "e", "a/long/name"),
+                (b'0', "f", "x"),
+                (b'0', "../up", ""),
+                (b'1', "s", "../../secret"),
+            ]),
+        ],
         "settings" => {
             texts(&[include_str!("../../dist/config.toml"), SETTINGS, "vm = {cpus = 2, console = true}\n"])
         }
@@ -64,6 +94,34 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
     }
 }
 
+/// An archive of entries: type, name, and what they hold, or lead to.
+fn tar(entries: &[(u8, &str, &str)]) -> Vec<u8> {
+    let mut archive = Vec::new();
+    for (kind, name, content) in entries {
+        let mut header = [0; 512];
+        let is_link = matches!(kind, b'1' | b'2');
+        let data = if is_link { "" } else { content };
+        let mut put = |at: usize, text: &str| header[at..at + text.len()].copy_from_slice(text.as_bytes());
+        put(0, name);
+        put(100, "0000644");
+        put(124, &format!("{:011o}", data.len()));
+        put(148, "        ");
+        put(257, "ustar");
+        put(263, "00");
+        if is_link {
+            put(157, content);
+        }
+        header[156] = *kind;
+        let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+        header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+        archive.extend(header);
+        archive.extend(data.as_bytes());
+        archive.resize(archive.len().next_multiple_of(512), 0);
+    }
+    archive.resize(archive.len() + 1024, 0);
+    archive
+}
+
 fn texts(texts: &[&str]) -> Vec<Vec<u8>> {
     texts.iter().map(|text| text.as_bytes().to_vec()).collect()
 }
@@ -86,6 +144,9 @@ const MEMBER: &str = r#"{"ociVersion":"1.2.0","annotations":{"io.kubernetes.cri.
 "io.kubernetes.cri.sandbox-id":"p","io.kubernetes.cri.sandbox-cpu-quota":"50000","io.kubernetes.cri.sandbox-cpu-period":"100000"},
 "linux":{"cgroupsPath":"a.slice:b:c","namespaces":[{"type":"network","path":"/run/netns/x"}]}}"#;
 
+const DOCKER_IMAGES: &str = r#"[{"Config":"c.json","RepoTags":["a:1"],"Layers":["l"]}]"#;
+const IMAGE_INDEX: &str = r#"{"schemaVersion":2,"manifests":[{"mediaType":"application/vnd.oci.image.manifest.v1+json",
+    "digest":"sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a","size":2}]}"#;
 const CONFINED: &str = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"},
 "process":{"args":["sh"],"cwd":"/","user":{"uid":0,"gid":0},"apparmorProfile":"unconfined","oomScoreAdj":5},
 "linux":{"namespaces":[{"type":"network"},{"type":"ipc","path":"/proc/7/ns/ipc"},{"type":"uts"}],

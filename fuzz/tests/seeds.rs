@@ -105,6 +105,8 @@ targets!(
     klog,
     agent_frames,
     bundle,
+    image_archive,
+    image_layer,
     settings,
     annotations,
     shim_config,

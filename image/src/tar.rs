@@ -133,7 +133,7 @@ impl<S: Source> Entries<S> {
             let Some(header) = self.header()? else {
                 return if count == 0 { Ok(None) } else { Err(TarError::Truncated) };
             };
-            let size = header.entry_size().map_err(|_| TarError::Header(at))?;
+            let size = field(&header.as_old().size, || header.entry_size()).ok_or(TarError::Header(at))?;
             match header.entry_type().as_byte() {
                 b'x' => extras.add(&self.extension(size)?).ok_or(TarError::Header(at))?,
                 b'L' => extras.path = Some(until_nul(self.extension(size)?)),
@@ -169,24 +169,25 @@ impl<S: Source> Entries<S> {
             b'6' => Kind::Fifo,
             other => return Err(TarError::Kind { at, kind: other.into() }),
         };
+        let old = header.as_old();
+        let number = |value: Option<u64>| value.ok_or(TarError::Header(at));
+        let id = |given: Option<u32>, own: Option<u64>| {
+            given.or_else(|| u32::try_from(own?).ok()).ok_or(TarError::Header(at))
+        };
         // Nothing but a file has data, whatever its header says.
         let size = match kind {
-            Kind::File => extras.size.map_or_else(|| header.entry_size(), Ok).map_err(damaged)?,
+            Kind::File => number(extras.size.or_else(|| field(&old.size, || header.entry_size())))?,
             _ => 0,
         };
-        let number = |given: Option<u32>, own: io::Result<u64>| {
-            given
-                .map_or_else(|| own.ok().and_then(|id| u32::try_from(id).ok()), Some)
-                .ok_or(TarError::Header(at))
-        };
-        let own_time = || header.mtime().map(|seconds| (i64::try_from(seconds).unwrap_or_default(), 0));
+        let mode = number(field(&old.mode, || header.mode().map(u64::from)))? & 0o7777;
+        let modified = number(field(&old.mtime, || header.mtime()))?;
         let entry = Entry {
             kind,
             size,
-            mode: header.mode().map_err(damaged)? & 0o7777,
-            uid: number(extras.uid, header.uid())?,
-            gid: number(extras.gid, header.gid())?,
-            modified: extras.modified.map_or_else(own_time, Ok).map_err(damaged)?,
+            mode: u32::try_from(mode).unwrap_or_default(),
+            uid: id(extras.uid, field(&old.uid, || header.uid()))?,
+            gid: id(extras.gid, field(&old.gid, || header.gid()))?,
+            modified: extras.modified.unwrap_or_else(|| (i64::try_from(modified).unwrap_or_default(), 0)),
             xattrs: extras.xattrs,
             path,
         };
@@ -304,6 +305,12 @@ impl Extras {
     }
 }
 
+/// A number of a header; a field that was left empty is 0.
+fn field(bytes: &[u8], parse: impl FnOnce() -> io::Result<u64>) -> Option<u64> {
+    let is_empty = bytes.iter().all(|byte| matches!(byte, 0 | b' '));
+    if is_empty { Some(0) } else { parse().ok() }
+}
+
 fn text(bytes: &[u8]) -> Option<&str> {
     str::from_utf8(bytes).ok()
 }
@@ -384,6 +391,16 @@ mod tests {
         assert_eq!((file.modified, data.len()), ((3, 0), 513));
         assert_eq!(entries[2].0.path, format!("{long}file").as_bytes());
         assert_eq!(entries[3].0.kind, Kind::Symlink(b"../else".into()));
+    }
+
+    #[test]
+    fn fields_that_are_left_empty_are_zero() {
+        let mut header = Header::new_gnu();
+        header.set_path("x").unwrap();
+        header.set_cksum();
+        let entries = all(header.as_bytes()).unwrap();
+        let entry = &entries[0].0;
+        assert_eq!((entry.size, entry.mode, entry.uid, entry.modified), (0, 0, 0, (0, 0)));
     }
 
     #[test]

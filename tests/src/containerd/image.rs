@@ -3,7 +3,7 @@
 //! An archive is an OCI image layout in a tar file, its one layer not compressed.
 
 use std::fs::File;
-use std::io::{BufWriter, Read};
+use std::io::{BufWriter, Read, Write};
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -51,18 +51,23 @@ const SEARCH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/b
 /// # Panics
 /// When something is not built.
 pub fn small(tools: &Tools, at: &Path) {
-    let root = tools.built("guest/python-rootfs", "make rootfs");
-    let workload = tools.built("x86_64-unknown-linux-gnu/agent/workload", "scripts/workload");
     let layer = at.with_extension("layer");
     let mut tar = Builder::new(BufWriter::new(File::create(&layer).expect("layer")));
+    small_layer(tools, &mut tar);
+    finish(tar);
+    archive(SMALL, &["/usr/bin/workload", "pause"], &layer, at);
+}
+
+/// Writes the one layer of the small image.
+///
+/// # Panics
+/// As [`small`].
+pub fn small_layer(tools: &Tools, tar: &mut Builder<impl Write>) {
+    let root = tools.built("guest/python-rootfs", "make rootfs");
+    let workload = tools.built("x86_64-unknown-linux-gnu/agent/workload", "scripts/workload");
     for directory in DIRECTORIES {
-        entry(
-            &mut tar,
-            EntryType::Directory,
-            directory,
-            if directory == "tmp" { 0o1777 } else { 0o755 },
-            b"",
-        );
+        let mode = if directory == "tmp" { 0o1777 } else { 0o755 };
+        entry(tar, EntryType::Directory, directory, mode, b"");
     }
     for (name, target) in LINKS {
         let mut header = header(EntryType::Symlink, 0o777, 0);
@@ -73,14 +78,12 @@ pub fn small(tools: &Tools, at: &Path) {
     let libraries = libraries.map(|name| format!("usr/lib/x86_64-linux-gnu/{name}"));
     for name in programs.chain(libraries).chain(["usr/lib64/ld-linux-x86-64.so.2".to_string()]) {
         let content = std::fs::read(root.join(&name)).unwrap_or_else(|error| panic!("{name}: {error}"));
-        entry(&mut tar, EntryType::Regular, &name, 0o755, &content);
+        entry(tar, EntryType::Regular, &name, 0o755, &content);
     }
     let workload = std::fs::read(workload).expect("workload");
-    entry(&mut tar, EntryType::Regular, "usr/bin/workload", 0o755, &workload);
-    entry(&mut tar, EntryType::Regular, "etc/passwd", 0o644, PASSWD.as_bytes());
-    entry(&mut tar, EntryType::Regular, "etc/group", 0o644, GROUP.as_bytes());
-    finish(tar);
-    archive(SMALL, &["/usr/bin/workload", "pause"], &layer, at);
+    entry(tar, EntryType::Regular, "usr/bin/workload", 0o755, &workload);
+    entry(tar, EntryType::Regular, "etc/passwd", 0o644, PASSWD.as_bytes());
+    entry(tar, EntryType::Regular, "etc/group", 0o644, GROUP.as_bytes());
 }
 
 /// Writes the archive of the image with Python: a hundred megabytes.
@@ -130,12 +133,20 @@ fn header(kind: EntryType, mode: u32, size: usize) -> Header {
     header
 }
 
-fn entry(tar: &mut Builder<BufWriter<File>>, kind: EntryType, name: &str, mode: u32, content: &[u8]) {
+/// Appends an entry of root's.
+///
+/// # Panics
+/// When it cannot be written.
+pub fn entry(tar: &mut Builder<impl Write>, kind: EntryType, name: &str, mode: u32, content: &[u8]) {
     let mut header = header(kind, mode, content.len());
     tar.append_data(&mut header, name, content).unwrap_or_else(|error| panic!("{name}: {error}"));
 }
 
-fn digest(mut content: impl Read) -> String {
+/// The SHA-256 of what is read, in hexadecimal digits.
+///
+/// # Panics
+/// When it cannot be read.
+pub fn digest(mut content: impl Read) -> String {
     let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
     loop {
         let read = content.read(&mut buffer).expect("read");
@@ -177,9 +188,76 @@ fn archive(name: &str, command: &[&str], layer: &Path, at: &Path) {
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
 /// Appends a document, and gives its descriptor.
-fn blob(tar: &mut Builder<BufWriter<File>>, media: &str, content: &Value) -> Value {
+fn blob(tar: &mut Builder<impl Write>, media: &str, content: &Value) -> Value {
     let content = content.to_string();
     let hash = digest(content.as_bytes());
     entry(tar, EntryType::Regular, &format!("blobs/sha256/{hash}"), 0o644, content.as_bytes());
     json!({ "mediaType": media, "digest": format!("sha256:{hash}"), "size": content.len() })
+}
+
+/// An image in the making, all of it in memory.
+#[derive(Debug, Clone)]
+pub struct Draft {
+    /// What its configuration says of the process.
+    pub process: Value,
+    /// Archives, the lowest first.
+    pub layers: Vec<Vec<u8>>,
+    /// Digests of the layers' content, the true ones unless told otherwise.
+    pub diff_ids: Option<Vec<String>>,
+}
+
+impl Draft {
+    fn config(&self) -> Value {
+        let true_ids =
+            || self.layers.iter().map(|layer| format!("sha256:{}", digest(layer.as_slice()))).collect();
+        let ids = self.diff_ids.clone().unwrap_or_else(true_ids);
+        json!({
+            "architecture": "amd64", "os": "linux", "config": self.process,
+            "rootfs": { "type": "layers", "diff_ids": ids },
+        })
+    }
+
+    /// The archive of an OCI layout with it.
+    ///
+    /// # Panics
+    /// When it cannot be written.
+    #[must_use]
+    pub fn oci(&self) -> Vec<u8> {
+        let mut tar = Builder::new(Vec::new());
+        let config = blob(&mut tar, "application/vnd.oci.image.config.v1+json", &self.config());
+        let layers = self.layers.iter().map(|layer| {
+            let hash = digest(layer.as_slice());
+            entry(&mut tar, EntryType::Regular, &format!("blobs/sha256/{hash}"), 0o644, layer);
+            let media = "application/vnd.oci.image.layer.v1.tar";
+            json!({ "mediaType": media, "digest": format!("sha256:{hash}"), "size": layer.len() })
+        });
+        let layers: Vec<_> = layers.collect();
+        let manifest =
+            json!({ "schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": layers });
+        let manifest = blob(&mut tar, MANIFEST, &manifest);
+        let index = json!({ "schemaVersion": 2, "manifests": [manifest] }).to_string();
+        entry(&mut tar, EntryType::Regular, "index.json", 0o644, index.as_bytes());
+        tar.into_inner().expect("archive")
+    }
+
+    /// What `docker save` would make of it.
+    ///
+    /// # Panics
+    /// When it cannot be written.
+    #[must_use]
+    pub fn docker(&self, tag: &str) -> Vec<u8> {
+        let mut tar = Builder::new(Vec::new());
+        let config = self.config().to_string();
+        let name = format!("{}.json", digest(config.as_bytes()));
+        entry(&mut tar, EntryType::Regular, &name, 0o644, config.as_bytes());
+        let layers = self.layers.iter().enumerate().map(|(index, layer)| {
+            let name = format!("{index}/layer.tar");
+            entry(&mut tar, EntryType::Regular, &name, 0o644, layer);
+            name
+        });
+        let layers: Vec<_> = layers.collect();
+        let images = json!([{ "Config": name, "RepoTags": [tag], "Layers": layers }]).to_string();
+        entry(&mut tar, EntryType::Regular, "manifest.json", 0o644, images.as_bytes());
+        tar.into_inner().expect("archive")
+    }
 }
