@@ -61,6 +61,10 @@ pub(crate) fn first(plan: &ContainerPlan, ends: &ChildEnds) -> ! {
         if let Some(hostname) = &plan.hostname {
             sethostname(hostname).doing(|| format!("Cannot set the hostname {hostname}"))?;
         }
+        if let Some(domainname) = &plan.domainname {
+            sys::process::set_domainname(domainname)
+                .doing(|| format!("Cannot set the domain name {domainname}"))?;
+        }
         let root = rootfs::enter(&plan.root, &plan.process.cwd)?;
         plan.sysctls.iter().try_for_each(|(path, value)| set_sysctl(proc.as_fd(), path, value))?;
         Ok(Entered { root, proc, is_first: true })
@@ -158,6 +162,7 @@ fn prepare(at: &Entered, plan: &ProcessPlan, ends: &ChildEnds) -> Result<Option<
     sys::process::set_rlimit(libc::RLIMIT_NOFILE, USUAL_DESCRIPTORS.min(hard), hard)
         .doing(|| "Cannot set the limit of descriptors")?;
     plan.limit()?;
+    plan.schedule()?;
     if let Some(score) = plan.oom_score_adj {
         write_file(at.proc.as_fd(), "self/oom_score_adj", &score.to_string())
             .doing(|| format!("Cannot set oom_score_adj to {score}"))?;

@@ -27,6 +27,7 @@ pub(crate) struct ContainerPlan {
     /// New namespaces, the mount namespace included.
     pub(crate) namespaces: CloneFlags,
     pub(crate) hostname: Option<String>,
+    pub(crate) domainname: Option<String>,
     pub(crate) root: RootPlan,
     /// Files below `/proc/sys`, and what is written to them.
     pub(crate) sysctls: Vec<(String, String)>,
@@ -85,6 +86,7 @@ impl ContainerPlan {
         }
         let namespaces = namespaces(&spec.namespaces);
         spec.hostname.as_deref().map_or(Ok(()), check_hostname)?;
+        spec.domainname.as_deref().map_or(Ok(()), check_domainname)?;
         let lists = [
             (spec.mounts.len(), MAX_MOUNTS, "mounts"),
             (spec.masked_paths.len(), MAX_PATHS, "masked_paths"),
@@ -104,6 +106,7 @@ impl ContainerPlan {
         Ok(Self {
             namespaces,
             hostname: spec.hostname,
+            domainname: spec.domainname,
             root: RootPlan {
                 path: c_string("rootfs", spec.rootfs)?,
                 disk: None,
@@ -133,8 +136,16 @@ fn namespaces(wanted: &[Namespace]) -> CloneFlags {
 }
 
 pub(crate) fn check_hostname(hostname: &str) -> Result<(), AgentError> {
-    if hostname.is_empty() || hostname.len() > MAX_HOSTNAME || hostname.contains(['\0', '\n', '/']) {
-        return Err(invalid(format_args!("hostname: {hostname:?} is not one of 1 to {MAX_HOSTNAME} bytes")));
+    check_name("hostname", hostname)
+}
+
+fn check_domainname(domainname: &str) -> Result<(), AgentError> {
+    check_name("domainname", domainname)
+}
+
+fn check_name(field: &str, name: &str) -> Result<(), AgentError> {
+    if name.is_empty() || name.len() > MAX_HOSTNAME || name.contains(['\0', '\n', '/']) {
+        return Err(invalid(format_args!("{field}: {name:?} is not one of 1 to {MAX_HOSTNAME} bytes")));
     }
     Ok(())
 }

@@ -2,9 +2,10 @@
 
 use std::ffi::{CStr, CString};
 
-use krx_proto::{AgentError, ErrorKind, ProcessSpec, Rlimit, TerminalSize};
+use krx_proto::{AgentError, ErrorKind, ProcessSpec, Rlimit, Scheduling, TerminalSize};
 use nix::errno::Errno;
-use nix::unistd::execve;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::{Pid, execve};
 
 use crate::credentials::Credentials;
 use crate::error::{Doing, StepError, invalid};
@@ -36,6 +37,7 @@ pub(crate) struct ProcessPlan {
     pub(crate) terminal: Option<TerminalSize>,
     pub(crate) stdin: bool,
     seccomp: Option<Filter>,
+    scheduling: Scheduling,
 }
 
 impl ProcessPlan {
@@ -73,6 +75,7 @@ impl ProcessPlan {
             terminal: spec.terminal,
             stdin: spec.stdin,
             seccomp: spec.seccomp.as_ref().map(Filter::new).transpose()?,
+            scheduling: spec.scheduling,
         })
     }
 
@@ -104,6 +107,31 @@ impl ProcessPlan {
         for Rlimit { resource, soft, hard } in &self.rlimits {
             let doing = || format!("Cannot set resource limit {resource} to {soft} (hard limit {hard})");
             sys::process::set_rlimit(*resource, *soft, *hard).doing(doing)?;
+        }
+        Ok(())
+    }
+
+    /// Sets when and as what the calling process runs, which its exec keeps.
+    pub(crate) fn schedule(&self) -> Result<(), StepError> {
+        let Scheduling { policy, io_priority, cpus, personality } = &self.scheduling;
+        if let Some(policy) = policy {
+            sys::process::set_scheduler(policy)
+                .doing(|| format!("Cannot set the scheduler to {policy:?}"))?;
+        }
+        if let Some(priority) = io_priority {
+            sys::process::set_io_priority(*priority)
+                .doing(|| format!("Cannot set the I/O priority to {priority:#x}"))?;
+        }
+        if let Some(mask) = cpus {
+            let mut set = CpuSet::new();
+            let wanted = (0..64_usize).filter(|cpu| mask >> cpu & 1 == 1);
+            let all = wanted.into_iter().try_for_each(|cpu| set.set(cpu));
+            all.and_then(|()| sched_setaffinity(Pid::from_raw(0), &set))
+                .doing(|| format!("Cannot run on the CPUs {mask:#x} of the guest"))?;
+        }
+        if let Some(domain) = personality {
+            sys::process::set_personality(*domain)
+                .doing(|| format!("Cannot set the personality to {domain:#x}"))?;
         }
         Ok(())
     }

@@ -45,7 +45,8 @@ pub use network::{
 pub use resources::{CpuMax, Limit, Resources, UNIFIED};
 pub use spec::{
     Capabilities, ContainerSpec, MAX_SECCOMP, MOUNT_LIVE, MOUNT_SHM, Mount, Namespace, ProcessSpec, Rlimit,
-    SeccompFilter, SeccompInstruction, TerminalSize, User, validate_id, validate_live_target,
+    Scheduling, SchedulingPolicy, SeccompFilter, SeccompInstruction, TerminalSize, User, validate_id,
+    validate_live_target,
 };
 pub use stats::{
     CpuStats, GuestMemory, GuestStats, InterfaceStats, IoStats, MemoryEvents, MemoryStats, PidsStats, Stats,
@@ -53,7 +54,7 @@ pub use stats::{
 };
 
 /// Version of the protocol; both sides must agree exactly, as they are shipped together.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Vsock ports of the guest. All are below 2^16 and above the privileged range but one.
 pub mod port {

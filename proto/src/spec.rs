@@ -17,6 +17,8 @@ pub struct ContainerSpec {
     pub root_readonly: bool,
     /// Set in the container's UTS namespace; in the guest's, for the whole pod, where it has none of its own.
     pub hostname: Option<String>,
+    /// NIS domain name, set as the host name is (`setdomainname(2)`).
+    pub domainname: Option<String>,
     /// New namespaces the container gets; the others are the guest's. A mount namespace is always new.
     pub namespaces: Vec<Namespace>,
     /// In order of mounting.
@@ -90,6 +92,33 @@ pub struct ProcessSpec {
     pub stdin: bool,
     /// Decides on each system call from just before the exec on.
     pub seccomp: Option<SeccompFilter>,
+    /// What it keeps unless told otherwise is that of the agent: the usual ones.
+    #[serde(default)]
+    pub scheduling: Scheduling,
+}
+
+/// When and as what a process is run.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scheduling {
+    pub policy: Option<SchedulingPolicy>,
+    /// As `ioprio_set(2)` takes it: the class shifted by 13 bits, and the priority.
+    pub io_priority: Option<u16>,
+    /// CPUs of the guest, bit n for CPU n.
+    pub cpus: Option<u64>,
+    /// As `personality(2)` takes it.
+    pub personality: Option<u32>,
+}
+
+/// `struct sched_attr` of `sched_setattr(2)`. Times are nanoseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SchedulingPolicy {
+    pub policy: u32,
+    pub flags: u64,
+    pub nice: i32,
+    pub priority: u32,
+    pub runtime: u64,
+    pub deadline: u64,
+    pub period: u64,
 }
 
 /// Longest program of a filter, the kernel's own limit (`BPF_MAXINSNS`).

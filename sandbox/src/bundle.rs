@@ -10,13 +10,14 @@ mod namespaces;
 mod pod_mounts;
 mod process;
 mod resources;
+mod scheduling;
 mod seccomp;
 mod seccomp_program;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-use krx_proto::{ContainerSpec, Mount, Namespace, ProcessSpec, Resources};
+use krx_proto::{ContainerSpec, Mount, Namespace, ProcessSpec, Resources, Scheduling};
 use oci_spec::runtime::{Linux, Spec};
 use serde_json::Value;
 
@@ -32,8 +33,7 @@ const MAX_CONFIG: u64 = 4 << 20;
 
 /// Fields that are refused unless empty, in JSON's own paths. Everything here either confines the container or
 /// changes what its processes meet.
-const REFUSED: [&str; 22] = [
-    "/domainname",
+const REFUSED: [&str; 20] = [
     "/hooks/createContainer",
     "/hooks/createRuntime",
     "/hooks/poststart",
@@ -50,14 +50,13 @@ const REFUSED: [&str; 22] = [
     "/linux/memoryPolicy",
     "/linux/mountLabel",
     "/linux/netDevices",
-    "/linux/personality",
     "/linux/seccomp/listenerMetadata",
     "/linux/seccomp/listenerPath",
     "/linux/timeOffsets",
     "/linux/uidMappings",
 ];
 /// The objects whose fields are looked at by name.
-const OBJECTS: [&str; 4] = ["", "/hooks", "/linux", "/linux/seccomp"];
+const OBJECTS: [&str; 5] = ["", "/hooks", "/linux", "/linux/personality", "/linux/seccomp"];
 /// File systems of the guest that a container may mount; `bind` is not one of them.
 const FILE_SYSTEMS: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
 
@@ -225,6 +224,10 @@ fn container_spec(
     if spec.hostname().is_some() && !has_uts {
         return Err(invalid("hostname", "needs a namespace of type uts"));
     }
+    let domainname = spec.domainname().clone().filter(|name| !name.is_empty());
+    if domainname.is_some() && !namespaces.own.contains(&Namespace::Uts) {
+        return Err(invalid("domainname", "needs a namespace of type uts of the container's own"));
+    }
     let rules = linux.resources().as_ref().and_then(|resources| resources.devices().clone());
     let rules = rules.as_deref().unwrap_or_default();
     let nodes = devices::nodes(linux.devices().as_deref().unwrap_or_default(), rules)?;
@@ -235,6 +238,7 @@ fn container_spec(
         root_readonly: spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly).unwrap_or(false),
         // The pod's is set by its sandbox.
         hostname: spec.hostname().clone().filter(|name| !name.is_empty() && !namespaces.joins_uts),
+        domainname,
         namespaces: namespaces.own,
         masked_paths: linux.masked_paths().clone().unwrap_or_default(),
         readonly_paths: linux.readonly_paths().clone().unwrap_or_default(),
@@ -242,6 +246,10 @@ fn container_spec(
         device_rules: devices::rules(rules, &nodes.disks)?,
         devices: nodes.devices,
         process: ProcessSpec {
+            scheduling: Scheduling {
+                personality: linux.personality().as_ref().map(scheduling::personality).transpose()?,
+                ..scheduling::read(process, false)?
+            },
             seccomp: linux.seccomp().as_ref().map(seccomp::read).transpose()?.flatten(),
             ..process::read(process)?
         },
@@ -522,11 +530,9 @@ mod tests {
             ("/mounts/0/options", json!(["idmap"]), "mounts[0]"),
             ("/mounts/0/options", json!(["ridmap=0:0:1"]), "mounts[0]"),
             ("/mounts/0/options", json!(["tmpcopyup"]), "mounts[0].options"),
-            ("/domainname", json!("d"), "domainname"),
             ("/ociVersion", json!("2.0.0"), "ociVersion"),
             ("/linux/intelRdt", json!({"closID": "x"}), "linux.intelRdt"),
             ("/linux/mountLabel", json!("l"), "linux.mountLabel"),
-            ("/linux/personality", json!({"domain": "LINUX32"}), "linux.personality"),
         ];
         for (pointer, value, field) in cases {
             let error = read_value(&with(pointer, value)).unwrap_err();

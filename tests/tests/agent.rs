@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use krx_proto::{
     Answer, Capabilities, ContainerSpec, CpuMax, Device, DeviceAccess, DeviceKind, DeviceRule, ErrorKind,
-    ExitStatus, Limit, Namespace, ProcessSpec, Request, Resources, Rlimit, SeccompFilter,
+    ExitStatus, Limit, Namespace, ProcessSpec, Request, Resources, Rlimit, Scheduling, SchedulingPolicy,
+    SeccompFilter,
 };
 use krx_sandbox::bundle;
 use tests::agent::{Guest, kind, output, shell};
@@ -92,6 +93,46 @@ fn settings_of_a_process_are_honoured() {
         ["7", "8", "10", "0027", "123", "/var/lib", "0000000000000000", "0000000000000400", "1", "500", "1"]
     );
     assert!(text.contains("8 9 10"), "{text}");
+}
+
+#[test]
+fn a_process_is_scheduled_as_it_asks() {
+    let Some(place) = Place::new() else { return };
+    let guest = Guest::with(&place, &["--cpus", "2"]);
+    let script = "import ctypes, os
+io = ctypes.CDLL(None).syscall(252, 1, 0)
+print(os.sched_getscheduler(0), os.sched_getparam(0).sched_priority, io, os.uname().machine,
+      open('/proc/sys/kernel/domainname').read().strip(), len(os.sched_getaffinity(0)))";
+    let program = |spec: &mut ProcessSpec| {
+        spec.args = ["python3", "-c", script].map(String::from).into();
+        spec.scheduling.personality = Some(8);
+    };
+    let (text, status) = guest.run("scheduled", "", |spec| {
+        program(&mut spec.process);
+        spec.domainname = Some("ship.test".into());
+        // Round robin, and the best effort's priority 6.
+        let policy = SchedulingPolicy { policy: 2, priority: 7, ..SchedulingPolicy::default() };
+        spec.process.scheduling.policy = Some(policy);
+        spec.process.scheduling.io_priority = Some(2 << 13 | 6);
+    });
+    assert_eq!((text.as_str(), status), ("2 7 16390 i686 ship.test 2\n", ExitStatus::Code(0)));
+    let living = guest.create(shell("living", "sleep 600")).expect("create");
+    living.start().expect("start");
+    let further = guest.process("living", "further");
+    let mut spec = shell("living", "").process;
+    program(&mut spec);
+    spec.scheduling.cpus = Some(0b10);
+    further.exec(spec).expect("exec");
+    let (text, status) = output(&further);
+    assert_eq!((text.as_str(), status), ("0 0 0 i686 (none) 1\n", ExitStatus::Code(0)));
+    let impossible = |scheduling: Scheduling| {
+        let mut spec = shell("impossible", "true");
+        spec.process.scheduling = scheduling;
+        kind(guest.create(spec))
+    };
+    assert_eq!(impossible(Scheduling { cpus: Some(1 << 40), ..Scheduling::default() }), ErrorKind::Failed);
+    let policy = Some(SchedulingPolicy { policy: 99, ..SchedulingPolicy::default() });
+    assert_eq!(impossible(Scheduling { policy, ..Scheduling::default() }), ErrorKind::Failed);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use krx_proto::SchedulingPolicy;
 use nix::errno::Errno;
 use nix::sched::CloneFlags;
 
@@ -105,6 +106,51 @@ pub(crate) fn set_rlimit(resource: u32, soft: u64, hard: u64) -> nix::Result<()>
     let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
     // SAFETY: `limit` is read during the call only; an unknown resource is an error, EINVAL.
     Errno::result(unsafe { libc::setrlimit(resource, &raw const limit) }).map(drop)
+}
+
+/// Sets the domain name of the calling process's UTS namespace.
+pub(crate) fn set_domainname(name: &str) -> nix::Result<()> {
+    // SAFETY: pointer and length are those of a string that outlives the call.
+    Errno::result(unsafe { libc::setdomainname(name.as_ptr().cast(), name.len()) }).map(drop)
+}
+
+/// `struct sched_attr` of its first version (sched_setattr(2)).
+#[repr(C)]
+struct SchedulerAttributes {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime: u64,
+    deadline: u64,
+    period: u64,
+}
+
+/// Sets how the calling thread is scheduled.
+pub(crate) fn set_scheduler(wanted: &SchedulingPolicy) -> nix::Result<()> {
+    const SIZE: u32 = 48;
+    const { assert!(size_of::<SchedulerAttributes>() == SIZE as usize) };
+    let &SchedulingPolicy { policy, flags, nice, priority, runtime, deadline, period } = wanted;
+    let attributes =
+        SchedulerAttributes { size: SIZE, policy, flags, nice, priority, runtime, deadline, period };
+    // SAFETY: the kernel reads as many bytes as the structure says that it has; 0 is the calling thread.
+    let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
+    Errno::result(result).map(drop)
+}
+
+/// Sets class and priority of the calling thread's input and output.
+pub(crate) fn set_io_priority(priority: u16) -> nix::Result<()> {
+    const IOPRIO_WHO_PROCESS: i32 = 1;
+    // SAFETY: the call takes three integers; 0 is the calling thread.
+    let result = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, i32::from(priority)) };
+    Errno::result(result).map(drop)
+}
+
+/// Sets the calling process's execution domain.
+pub(crate) fn set_personality(domain: u32) -> nix::Result<()> {
+    // SAFETY: the call takes an integer.
+    Errno::result(unsafe { libc::personality(domain.into()) }).map(drop)
 }
 
 /// The three sets `capset` takes.

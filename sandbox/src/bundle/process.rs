@@ -4,14 +4,13 @@ use krx_proto::{Capabilities, ProcessSpec, Rlimit, TerminalSize, User};
 use oci_spec::runtime::{LinuxCapabilities, PosixRlimit, Process};
 use serde_json::Value;
 
-use super::{BundleError, invalid, objects, refuse, unsupported};
+use super::{BundleError, invalid, objects, refuse, scheduling, unsupported};
 use crate::capability;
 
 /// Fields that are refused unless empty, below `process`.
-const REFUSED: [&str; 6] =
-    ["/commandLine", "/execCPUAffinity", "/ioPriority", "/scheduler", "/selinuxLabel", "/user/username"];
+const REFUSED: [&str; 3] = ["/commandLine", "/selinuxLabel", "/user/username"];
 /// The objects whose fields are looked at by name.
-const OBJECTS: [&str; 3] = ["", "/capabilities", "/user"];
+const OBJECTS: [&str; 6] = ["", "/capabilities", "/execCPUAffinity", "/ioPriority", "/scheduler", "/user"];
 
 /// Profiles that runtimes give to each container unasked where the host has `AppArmor`: they keep containers from the
 /// host's kernel, which the VM does. The guest has no `AppArmor`; a profile that somebody chose is refused.
@@ -47,6 +46,7 @@ pub(super) fn read(process: &Process) -> Result<ProcessSpec, BundleError> {
         rlimits: process.rlimits().iter().flatten().map(rlimit).collect(),
         no_new_privileges: process.no_new_privileges().unwrap_or(false),
         oom_score_adj: process.oom_score_adj(),
+        scheduling: scheduling::read(process, false)?,
         terminal: process.terminal().unwrap_or(false).then(|| console_size(process)),
         ..ProcessSpec::default()
     })
@@ -59,6 +59,8 @@ pub(super) fn read_further(json: &[u8], first: &ProcessSpec) -> Result<ProcessSp
     check(&raw)?;
     let process: Process = serde_json::from_value(raw).map_err(failed)?;
     let mut further = ProcessSpec { seccomp: first.seccomp.clone(), ..read(&process)? };
+    further.scheduling = scheduling::read(&process, true)?;
+    further.scheduling.personality = first.scheduling.personality;
     // As runc does: what an exec does not say is the container's.
     if process.capabilities().is_none() {
         further.capabilities = first.capabilities;
@@ -174,9 +176,9 @@ mod tests {
             assert!(read_further(bad, &first()).is_err());
         }
         for (field, value) in [
-            ("scheduler", json!({"policy": "SCHED_FIFO"})),
-            ("ioPriority", json!({"class": "IOPRIO_CLASS_RT", "priority": 1})),
-            ("execCPUAffinity", json!({"initial": "0"})),
+            ("scheduler", json!(["SCHED_FIFO"])),
+            ("ioPriority", json!({"class": "IOPRIO_CLASS_RT", "priority": 9})),
+            ("execCPUAffinity", json!({"final": "77"})),
             ("selinuxLabel", json!("system_u:system_r:container_t:s0")),
             ("args", json!([])),
             ("cwd", json!("relative")),
