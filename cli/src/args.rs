@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
 
 use crate::confinement::Confinement;
 
@@ -33,6 +34,11 @@ pub(crate) enum Command {
     Kill(Kill),
     /// Checks whether this host can run micro-VMs
     Doctor(Doctor),
+    /// Prints the completions of a shell
+    Completions(Completions),
+    /// Writes the man pages, for what installs them
+    #[command(hide = true)]
+    Man(Man),
 }
 
 /// Options that `run` and `exec` share: what the process is.
@@ -155,6 +161,18 @@ pub(crate) struct Kill {
     pub(crate) signal: String,
     /// Name of the pod
     pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Completions {
+    /// The shell
+    pub(crate) shell: Shell,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Man {
+    /// Where to write them
+    pub(crate) directory: PathBuf,
 }
 
 #[derive(Debug, Args)]

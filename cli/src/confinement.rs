@@ -1,10 +1,14 @@
-//! Options of `run` that say what a container may do and how much it may use: docker's, with docker's meaning. Pure.
+//! Options of `run` that say what a container may do and how much it may use: docker's, with docker's meaning. Pure, but for
+//! the reading of a profile.
+
+use std::path::Path;
 
 use clap::Args;
-use krx_proto::{ContainerSpec, Limit, Mount, Rlimit};
-use krx_sandbox::capability;
+use krx_proto::{ContainerSpec, Limit, Mount, ProcessSpec, Rlimit};
+use krx_sandbox::{bundle, capability};
 
 use crate::error::CliError;
+use crate::parse;
 
 /// Every capability.
 const ALL: &str = "ALL";
@@ -46,7 +50,7 @@ pub(crate) struct Confinement {
     /// Limit of a resource by its name in setrlimit(2), such as nofile=1024:4096; -1 for none
     #[arg(long = "ulimit", value_name = "NAME=SOFT[:HARD]")]
     pub(crate) ulimits: Vec<String>,
-    /// no-new-privileges, or no-new-privileges=false for programs that change their user
+    /// no-new-privileges[=false]: whether programs may change their user; seccomp=FILE: filter of system calls
     #[arg(long = "security-opt", value_name = "OPTION")]
     pub(crate) security: Vec<String>,
     /// Empty file system in the VM's memory
@@ -79,7 +83,7 @@ impl Confinement {
             spec.process.rlimits.push(limit);
         }
         for text in &self.security {
-            spec.process.no_new_privileges = security(text)?;
+            security(text, &mut spec.process)?;
         }
         for text in &self.tmpfs {
             let mount = tmpfs(text)?;
@@ -136,15 +140,27 @@ fn ulimit(text: &str) -> Result<Rlimit, CliError> {
     }
 }
 
-/// Whether processes gain no privileges by what they execute.
-fn security(text: &str) -> Result<bool, CliError> {
+fn security(text: &str, process: &mut ProcessSpec) -> Result<(), CliError> {
     match text {
-        "no-new-privileges" | "no-new-privileges=true" | "no-new-privileges:true" => Ok(true),
-        "no-new-privileges=false" | "no-new-privileges:false" => Ok(false),
-        _ => usage(format!(
-            "Security option `{text}` is not known: there is no-new-privileges[=false]; filters of system calls come with a bundle"
-        )),
+        "no-new-privileges" | "no-new-privileges=true" | "no-new-privileges:true" => {
+            process.no_new_privileges = true;
+        }
+        "no-new-privileges=false" | "no-new-privileges:false" => process.no_new_privileges = false,
+        "seccomp=unconfined" | "seccomp:unconfined" => process.seccomp = None,
+        _ => {
+            let Some(path) = text.strip_prefix("seccomp=").or_else(|| text.strip_prefix("seccomp:")) else {
+                return usage(format!(
+                    "Security option `{text}` is not known: there are no-new-privileges[=false] and seccomp=FILE"
+                ));
+            };
+            let profile = parse::small_file("Seccomp profile", Path::new(path))?;
+            let bounding = process.capabilities.map_or_else(capability::all, |sets| sets.bounding);
+            process.seccomp = bundle::seccomp_profile(&profile, bounding).map_err(|error| {
+                CliError::Usage(format!("Seccomp profile {path} cannot be used: {error}"))
+            })?;
+        }
     }
+    Ok(())
 }
 
 fn tmpfs(text: &str) -> Result<Mount, CliError> {
@@ -249,6 +265,9 @@ mod tests {
         };
         assert!(of(&[]).unwrap() && of(&["no-new-privileges"]).unwrap());
         assert!(!of(&["no-new-privileges=false"]).unwrap());
-        assert!(of(&["seccomp=unconfined"]).is_err());
+        assert!(of(&["seccomp=unconfined"]).unwrap());
+        assert!(of(&["apparmor=x"]).is_err());
+        let missing = of(&["seccomp=/no/such/file"]).unwrap_err().to_string();
+        assert!(missing.contains("/no/such/file"), "{missing}");
     }
 }

@@ -9,6 +9,7 @@ mod confinement;
 mod doctor;
 mod error;
 mod image;
+mod pages;
 mod parse;
 mod pods;
 mod process;
@@ -44,6 +45,8 @@ fn command(command: &Command) -> u8 {
         Command::Console(arguments) => pods::console(arguments),
         Command::Ps(arguments) => pods::ps(arguments),
         Command::Kill(arguments) => pods::kill(arguments),
+        Command::Completions(arguments) => pages::completions(arguments),
+        Command::Man(arguments) => pages::man(arguments),
         Command::Doctor(arguments) => return doctor::run(arguments.json),
     };
     result.unwrap_or_else(|error| {

@@ -1,4 +1,8 @@
-//! Words of the command line that are more than words: sizes, counts, signals, variables. Pure.
+//! Words of the command line that are more than words: sizes, counts, signals, variables, files. Pure, but for these.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
 
 use krx_proto::{CpuMax, Limit};
 use krx_sandbox::default_spec::MAX_HOSTNAME;
@@ -81,6 +85,19 @@ pub(crate) fn set_variable(env: &mut Vec<String>, variable: String) {
     let name = variable.split_once('=').map_or(&*variable, |(name, _)| name);
     env.retain(|earlier| earlier.split_once('=').is_none_or(|(other, _)| other != name));
     env.push(variable);
+}
+
+/// Reads a file that somebody named, of 4 MiB at most; `what` says what it is.
+pub(crate) fn small_file(what: &str, path: &Path) -> Result<Vec<u8>, CliError> {
+    /// More than a process can be given.
+    const MAX_FILE: u64 = 4 << 20;
+    let failed = |why: &str| usage(format!("{what} {} cannot be used: {why}", path.display()));
+    let mut content = Vec::new();
+    match File::open(path).and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut content)) {
+        Err(error) => failed(&error.to_string()),
+        Ok(length) if length as u64 > MAX_FILE => failed("it is larger than 4 MiB"),
+        Ok(_) => Ok(content),
+    }
 }
 
 #[cfg(test)]

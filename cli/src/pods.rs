@@ -136,7 +136,7 @@ pub(crate) fn ps(arguments: &Ps) -> Result<u8, CliError> {
 }
 
 /// Writes to standard output. A reader that has seen enough is no error.
-fn print(text: &str) -> Result<u8, CliError> {
+pub(crate) fn print(text: &str) -> Result<u8, CliError> {
     match io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(LookupError::Output(error).into()),
         _ => Ok(0),

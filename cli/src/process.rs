@@ -1,7 +1,6 @@
 //! What `run` and `exec` have in common: a process made of options, brought to its end with its streams.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -72,15 +71,9 @@ impl ProcessOptions {
 
 /// The lines of a file of variables, without those that are empty or begin with `#`.
 fn env_file(path: &Path) -> Result<Vec<String>, CliError> {
-    /// More than a process can be given.
-    const MAX_FILE: u64 = 4 << 20;
-    let failed =
-        |why: &str| CliError::Usage(format!("File of variables {} cannot be used: {why}", path.display()));
-    let mut text = String::new();
-    let read = File::open(path).and_then(|file| file.take(MAX_FILE + 1).read_to_string(&mut text));
-    if read.map_err(|error| failed(&error.to_string()))? as u64 > MAX_FILE {
-        return Err(failed("it is larger than 4 MiB"));
-    }
+    let text = String::from_utf8(parse::small_file("File of variables", path)?).map_err(|_| {
+        CliError::Usage(format!("File of variables {} cannot be used: it is not UTF-8", path.display()))
+    })?;
     let lines = text.lines().map(str::trim_start).filter(|line| !line.is_empty() && !line.starts_with('#'));
     Ok(lines.map(String::from).collect())
 }

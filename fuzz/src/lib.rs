@@ -182,6 +182,7 @@ pub fn bundle(data: &[u8]) {
         let _ = bundle::read_in_pod("fuzz", &directory, &pod);
         let _ = bundle::process(data, &first);
         let _ = bundle::resources(data);
+        let _ = bundle::seccomp_profile(data, 0);
     });
 }
 

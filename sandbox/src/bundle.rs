@@ -9,6 +9,7 @@ mod devices;
 mod namespaces;
 mod pod_mounts;
 mod process;
+mod profile;
 mod resources;
 mod scheduling;
 mod seccomp;
@@ -17,7 +18,7 @@ mod seccomp_program;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use krx_proto::{ContainerSpec, Mount, Namespace, ProcessSpec, Resources, Scheduling};
+use krx_proto::{ContainerSpec, Mount, Namespace, ProcessSpec, Resources, Scheduling, SeccompFilter};
 use oci_spec::runtime::{Linux, Spec};
 use serde_json::Value;
 
@@ -152,6 +153,15 @@ fn read_bundle(name: &str, directory: &Path, pod: Option<&PodNamespaces>) -> Res
 /// It is no such JSON, or asks for what krx does not do.
 pub fn process(json: &[u8], first: &ProcessSpec) -> Result<ProcessSpec, BundleError> {
     process::read_further(json, first)
+}
+
+/// The filter of system calls of a profile in docker's form, for a container with these capabilities (bit n is the
+/// capability of that number); `None` where it lets everything pass.
+///
+/// # Errors
+/// It is no such JSON, or asks for what krx does not do.
+pub fn seccomp_profile(json: &[u8], capabilities: u64) -> Result<Option<SeccompFilter>, BundleError> {
+    seccomp::read(&profile::read(json, capabilities)?)
 }
 
 /// Limits out of the JSON of an OCI `linux.resources`, to change those of a running container.

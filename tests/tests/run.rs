@@ -72,13 +72,21 @@ fn options_that_docker_has_mean_what_they_do_there() {
         ended.out,
         "CapEff:\t0000000000000400\n20\n150000 100000\n2\n77\n88\ntmpfs 256 4096\n1777\ngreen square\n"
     );
+    let profile = r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+        {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 28, "excludes": {"caps": ["CAP_SYS_ADMIN"]}}]}"#;
+    let profile = format!("seccomp={}", place.scratch.write("profile.json", profile).display());
+    let script = "mkdir /tmp/x 2>/dev/null; echo $?";
+    assert_eq!(place.sh(&["--security-opt", &profile], script).ok().out, "1\n");
+    let other = ["--security-opt", &profile, "--cap-add", "sys_admin", "--tmpfs", "/tmp"];
+    assert_eq!(place.sh(&other, script).ok().out, "0\n");
     for (bad, about) in [
+        (["--security-opt", "seccomp=/none"], "/none"),
         (["--cap-add", "nonsense"], "capabilities(7)"),
         (["--ulimit", "nofile=2:1"], "soft part"),
         (["--tmpfs", "/a:bind"], "--tmpfs"),
         (["--pids-limit", "0"], "processes"),
         (["--cpus", "0"], "0.01"),
-        (["--security-opt", "seccomp=x"], "no-new-privileges"),
+        (["--security-opt", "apparmor=x"], "is not known"),
         (["--env-file", "/nonexistent"], "/nonexistent"),
     ] {
         let refused = place.sh(&bad, "true");

@@ -1,0 +1,42 @@
+//! `krx completions` and the man pages: made of the command line's own description, so that they say what it says.
+
+use std::fs;
+
+use clap::CommandFactory;
+
+use crate::args::{Cli, Completions, Man};
+use crate::error::{CliError, LookupError};
+use crate::pods::print;
+
+/// The name of the program, which its pages and completions are for.
+const NAME: &str = "krx";
+
+pub(crate) fn completions(arguments: &Completions) -> Result<u8, CliError> {
+    let mut script = Vec::new();
+    clap_complete::generate(arguments.shell, &mut Cli::command(), NAME, &mut script);
+    print(&String::from_utf8_lossy(&script))
+}
+
+pub(crate) fn man(arguments: &Man) -> Result<u8, CliError> {
+    fs::create_dir_all(&arguments.directory)
+        .and_then(|()| clap_mangen::generate_to(Cli::command(), &arguments.directory))
+        .map_err(LookupError::Output)?;
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_command_has_a_page() {
+        let directory = std::env::temp_dir().join(format!("krx-man-{}", std::process::id()));
+        man(&Man { directory: directory.clone() }).unwrap();
+        let run = fs::read_to_string(directory.join("krx-run.1"));
+        let page = fs::read_to_string(directory.join("krx.1")).unwrap();
+        fs::remove_dir_all(&directory).unwrap();
+        assert!(run.unwrap().contains("entrypoint"));
+        assert!(page.contains("doctor") && page.contains("Exit codes"), "{page}");
+        assert!(!page.contains("man pages"), "what is hidden is not told of");
+    }
+}
