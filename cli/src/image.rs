@@ -24,7 +24,8 @@ pub(crate) struct Prepared {
 pub(crate) fn prepare(image: &str, name: &str) -> Result<Prepared, SourceError> {
     let reference = Reference::parse(image)?;
     private_mounts().map_err(SourceError::Mounts)?;
-    let directory = std::env::var_os("KRX_IMAGE_DIR").map_or_else(|| STORE.into(), PathBuf::from);
+    let directory = std::env::var_os("KRX_IMAGE_DIR").filter(|directory| !directory.is_empty());
+    let directory = directory.map_or_else(|| STORE.into(), PathBuf::from);
     let make = || -> Result<_, ImageError> {
         let store = Store::open(&directory)?;
         let image = store.import(&reference, progress())?;

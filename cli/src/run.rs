@@ -1,5 +1,6 @@
 //! `krx run`: a pod from its making to its end.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::Arc;
@@ -88,8 +89,9 @@ struct Plan {
 
 /// A directory as other processes find it: an image's is mounted for this one alone.
 fn seen_by_all(rootfs: &Path, private: bool) -> PathBuf {
-    let own = format!("/proc/{}/root", process::id());
-    if private { PathBuf::from(own + &rootfs.to_string_lossy()) } else { rootfs.into() }
+    let mut own = OsString::from(format!("/proc/{}/root", process::id()));
+    own.push(rootfs);
+    if private { own.into() } else { rootfs.into() }
 }
 
 /// All that can be known to be right or wrong before anything is started.

@@ -207,7 +207,7 @@ fn import(scratch: &Scratch, image: &str) {
     let (Ok(reference), Ok(opened)) = (Reference::parse(image), Store::open(&store)) else { return };
     let imported = opened.import(&reference, |_| ());
     let kept = |name: &str| std::fs::read_dir(store.join(name)).map_or(0, Iterator::count);
-    assert!(kept("tmp") == 0 && (imported.is_ok() || kept("layers") == 0));
+    assert!(kept("krx-tmp") == 0 && (imported.is_ok() || kept("krx-layers") == 0));
     assert_eq!(std::fs::read(scratch.path("secret")).ok().as_deref(), Some(&b"outside"[..]));
 }
 

@@ -11,7 +11,7 @@ use std::rc::Rc;
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, open, openat2};
 
 use crate::digest::Digest;
-use crate::error::ImageError;
+use crate::error::{ImageError, shown};
 use crate::reference::{Reference, Transport};
 use crate::tar::{Entries, Kind, Source};
 
@@ -64,14 +64,14 @@ impl Blobs {
             Self::Archive { file, members } => in_archive(file, members, name),
         };
         found.map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => ImageError::Missing(name.into()),
-            _ => ImageError::Read { name: name.into(), source },
+            io::ErrorKind::NotFound => ImageError::Missing(shown(name)),
+            _ => ImageError::Read { name: shown(name), source },
         })
     }
 
     /// Reads a small file, which has the digest `wanted`, if there is one.
     pub(crate) fn small(&self, name: &str, wanted: Option<&Digest>) -> Result<Vec<u8>, ImageError> {
-        let failed = |source| ImageError::Read { name: name.into(), source };
+        let failed = |source| ImageError::Read { name: shown(name), source };
         let mut content = Vec::new();
         self.file(name)?.reader.take(MAX_JSON + 1).read_to_end(&mut content).map_err(failed)?;
         if content.len() as u64 > MAX_JSON {
@@ -79,7 +79,7 @@ impl Blobs {
         }
         let found = Digest::of(&content);
         if wanted.is_some_and(|wanted| *wanted != found) {
-            return Err(ImageError::Digest { name: name.into(), found });
+            return Err(ImageError::Digest { name: shown(name), found });
         }
         Ok(content)
     }

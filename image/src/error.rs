@@ -92,3 +92,13 @@ pub enum LayerError {
     #[error("It is damaged, or not what it is said to be: the {what} has the digest {found}, not {wanted}")]
     Digest { what: &'static str, found: Digest, wanted: Digest },
 }
+
+/// Words of a stranger's, for a terminal: without characters that mean something to it, and not too many.
+pub(crate) fn shown(text: &str) -> String {
+    const MOST: usize = 300;
+    let mut shown: String = text.chars().take(MOST).flat_map(char::escape_debug).collect();
+    if text.chars().nth(MOST).is_some() {
+        shown.push_str("...");
+    }
+    shown
+}

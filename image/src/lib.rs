@@ -16,6 +16,7 @@ mod error;
 mod manifest;
 mod overlay;
 mod reference;
+mod remove;
 mod root;
 mod store;
 pub mod tar;

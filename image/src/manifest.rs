@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 
 use crate::blobs::Blobs;
 use crate::digest::Digest;
-use crate::error::ImageError;
+use crate::error::{ImageError, shown};
 use crate::reference::{Reference, Transport};
 
 /// As many as overlayfs is given, less what a container needs.
@@ -70,7 +70,10 @@ pub(crate) fn choose(blobs: &Blobs, reference: &Reference) -> Result<Chosen, Ima
     let configuration: ImageConfiguration = json(&config, &name, "an image configuration")?;
     let (os, arch) = (configuration.os(), configuration.architecture());
     if (os, arch) != (&Os::Linux, &Arch::Amd64) {
-        return Err(ImageError::Unusable(format!("it is for {os}/{arch}, and krx runs linux/amd64")));
+        return Err(ImageError::Unusable(format!(
+            "it is for {}, and krx runs linux/amd64",
+            shown(&format!("{os}/{arch}"))
+        )));
     }
     let ids = configuration.rootfs().diff_ids();
     if ids.len() != layers.len() || ids.len() > MAX_LAYERS {
@@ -83,7 +86,7 @@ pub(crate) fn choose(blobs: &Blobs, reference: &Reference) -> Result<Chosen, Ima
         let diff_id = Digest::parse(id).ok_or_else(|| unusable_digest(id))?;
         Ok(Layer { name, digest, diff_id })
     });
-    Ok(Chosen { layers: layers.collect::<Result<_, ImageError>>()?, config: run_config(&configuration) })
+    Ok(Chosen { layers: layers.collect::<Result<_, ImageError>>()?, config: run_config(&configuration)? })
 }
 
 /// The content of a configuration, its name, and of each layer the file and its digest.
@@ -99,7 +102,7 @@ fn docker(blobs: &Blobs, tag: Option<&str>) -> Result<Parts, ImageError> {
     let all = || images.iter().flat_map(tags).collect::<Vec<_>>().join(", ");
     let image = match (fitting.next(), fitting.next()) {
         (Some(image), None) => image,
-        (Some(_), Some(_)) => return Err(ImageError::Choice(all())),
+        (Some(_), Some(_)) => return Err(ImageError::Choice(shown(&all()))),
         (None, _) => return Err(none(tag, &all())),
     };
     // Both its own and OCI's way to name a file by its content.
@@ -154,7 +157,7 @@ fn named(index: &ImageIndex, tag: Option<&str>) -> Result<Descriptor, ImageError
         (Some(_), Some(_)) if tag.is_some() || entries.iter().all(|entry| names(entry).is_empty()) => {
             for_platform(index)
         }
-        (Some(_), Some(_)) => Err(ImageError::Choice(all())),
+        (Some(_), Some(_)) => Err(ImageError::Choice(shown(&all()))),
     }
 }
 
@@ -169,7 +172,7 @@ fn for_platform(index: &ImageIndex) -> Result<Descriptor, ImageError> {
     index.manifests().iter().find(fits).cloned().ok_or_else(|| {
         let platforms = index.manifests().iter().filter_map(|entry| entry.platform().as_ref());
         let names: Vec<_> = platforms.map(|own| format!("{}/{}", own.os(), own.architecture())).collect();
-        ImageError::Unusable(format!("it has nothing for linux/amd64, but for {}", names.join(", ")))
+        ImageError::Unusable(format!("it has nothing for linux/amd64, but for {}", shown(&names.join(", "))))
     })
 }
 
@@ -181,31 +184,35 @@ fn place(descriptor: &Descriptor) -> Result<(String, Digest), ImageError> {
 }
 
 fn unusable_digest(text: &str) -> ImageError {
-    ImageError::Unusable(format!("{text:.100} is not a SHA-256 digest"))
+    ImageError::Unusable(format!("{} is not a SHA-256 digest", shown(text)))
 }
 
 fn none(tag: Option<&str>, all: &str) -> ImageError {
     ImageError::Unusable(match tag {
-        Some(tag) => format!("there is none named {tag}, but {all}"),
+        Some(tag) => format!("there is none named {tag}, but {}", shown(all)),
         None => "there is none in it".into(),
     })
 }
 
-fn run_config(configuration: &ImageConfiguration) -> Config {
-    let Some(config) = configuration.config() else { return Config::default() };
+fn run_config(configuration: &ImageConfiguration) -> Result<Config, ImageError> {
+    let Some(config) = configuration.config() else { return Ok(Config::default()) };
+    let names = config.env().iter().flatten().map(|text| text.split('=').next().unwrap_or_default());
+    if let Some(odd) = names.chain(config.user().as_deref()).find(|text| text.contains(char::is_control)) {
+        return Err(ImageError::Unusable(format!("{} is no name of a user or a variable", shown(odd))));
+    }
     let list = |list: &Option<Vec<String>>| list.clone().unwrap_or_default();
     let text = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
-    Config {
+    Ok(Config {
         entrypoint: list(config.entrypoint()),
         cmd: list(config.cmd()),
         env: list(config.env()),
         working_dir: text(config.working_dir()),
         user: text(config.user()),
-    }
+    })
 }
 
 fn json<T: DeserializeOwned>(content: &[u8], name: &str, what: &'static str) -> Result<T, ImageError> {
-    serde_json::from_slice(content).map_err(|source| ImageError::Json { name: name.into(), what, source })
+    serde_json::from_slice(content).map_err(|source| ImageError::Json { name: shown(name), what, source })
 }
 
 #[cfg(test)]

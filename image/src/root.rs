@@ -1,7 +1,7 @@
 //! The root file system of one container: the layers of its image with a directory on top for what it writes, which goes
 //! with it.
 //!
-//! `runs/NAME-PID` holds that directory, and a lock on it says that its process lives. What one that was killed has left is removed
+//! `krx-runs/NAME-PID` holds that directory, and a lock on it says that its process lives. What one that was killed has left is removed
 //! by the next that makes one.
 
 use std::fs::{self, File};
@@ -12,6 +12,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::error::ImageError;
 use crate::overlay::Overlay;
+use crate::remove::remove_path;
 use crate::store::Store;
 
 /// A root file system, mounted for this process and its children; removed when dropped.
@@ -58,7 +59,7 @@ impl ContainerRoot {
 impl Drop for ContainerRoot {
     fn drop(&mut self) {
         drop(self.overlay.take());
-        let _ = fs::remove_dir_all(&self.directory);
+        let _ = remove_path(&self.directory);
     }
 }
 
@@ -68,7 +69,7 @@ fn sweep(runs: &Path) {
         let gone = File::open(run.path())
             .is_ok_and(|directory| flock(directory, FlockOperation::NonBlockingLockExclusive).is_ok());
         if gone {
-            let _ = fs::remove_dir_all(run.path());
+            let _ = remove_path(&run.path());
         }
     }
 }

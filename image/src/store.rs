@@ -1,8 +1,8 @@
 //! The cache of unpacked layers. Each lies in a directory named by its ChainID, which tells what it is and what is below it, and
 //! is put there when it is whole and what was read has the digests that it should.
 //!
-//! `layers/ID/fs` are the files of a layer; `tmp` is where layers become whole, by one process at a time (`lock`); `runs` is
-//! [`ContainerRoot`]'s.
+//! `krx-layers/ID/fs` are the files of a layer; `krx-tmp` is where layers become whole, by one process at a time (`krx-lock`); `krx-runs` is
+//! [`ContainerRoot`]'s. What is left in the last two is removed, so they have names that are nobody else's.
 
 use std::cell::RefCell;
 use std::fs::{self, DirBuilder, File};
@@ -21,6 +21,7 @@ use crate::error::{ImageError, LayerError};
 use crate::manifest::{self, Chosen, Config, Layer};
 use crate::overlay::Overlay;
 use crate::reference::Reference;
+use crate::remove;
 use crate::root::ContainerRoot;
 use crate::tar::{Entries, Sequential};
 use crate::unpack::{Budget, Tree};
@@ -69,15 +70,15 @@ impl Store {
     }
 
     fn layers(&self) -> PathBuf {
-        self.path.join("layers")
+        self.path.join("krx-layers")
     }
 
     fn tmp(&self) -> PathBuf {
-        self.path.join("tmp")
+        self.path.join("krx-tmp")
     }
 
     pub(crate) fn runs(&self) -> PathBuf {
-        self.path.join("runs")
+        self.path.join("krx-runs")
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -108,6 +109,7 @@ impl Store {
         for layer in &layers {
             chains.push(Digest::chain(chains.last(), &layer.diff_id));
         }
+        self.clear_left();
         let paths: Vec<_> = chains.iter().map(|chain| self.layers().join(chain.hex()).join("fs")).collect();
         if !paths.iter().all(|path| path.is_dir()) {
             self.unpack_missing(&blobs, &layers, &paths, progress)?;
@@ -123,8 +125,7 @@ impl Store {
         mut progress: impl FnMut(Step),
     ) -> Result<(), ImageError> {
         let _lock = self.lock(|| progress(Step::Waiting)).map_err(|error| self.failed(error))?;
-        // Of one that was killed.
-        clear(&self.tmp()).map_err(|error| self.failed(error))?;
+        remove::clear(&self.tmp()).map_err(|error| self.failed(error))?;
         let progress = Rc::new(RefCell::new(&mut progress));
         let mut budget = Budget::IMAGE;
         for (index, layer) in layers.iter().enumerate().filter(|(index, _)| !paths[*index].is_dir()) {
@@ -138,7 +139,7 @@ impl Store {
                 fs::rename(&at, place).map_err(|error| self.failed(error).into())
             });
             if let Err(error) = made {
-                let _ = clear(&self.tmp());
+                let _ = remove::clear(&self.tmp());
                 return Err(match error {
                     Failed::Image(error) => error,
                     Failed::Layer(source) => ImageError::Layer { number, source },
@@ -181,15 +182,28 @@ impl Store {
         fill(tree, stored, layer, budget)?;
         drop(overlay);
         for aside in ["work", "merged"].iter().filter(|_| !below.is_empty()) {
-            fs::remove_dir_all(at.join(aside)).map_err(|error| self.failed(error))?;
+            remove::remove_path(&at.join(aside)).map_err(|error| self.failed(error))?;
         }
         // Whole also after a power cut, before it is known by its name.
         syncfs(open(&own)?).map_err(|errno| self.failed(errno.into()).into())
     }
 
+    /// Removes what an import that was killed has left, unless there is one.
+    fn clear_left(&self) {
+        let is_left = fs::read_dir(self.tmp()).is_ok_and(|mut entries| entries.next().is_some());
+        let alone = || flock(self.lock_file().ok()?, FlockOperation::NonBlockingLockExclusive).ok();
+        if is_left && alone().is_some() {
+            let _ = remove::clear(&self.tmp());
+        }
+    }
+
+    fn lock_file(&self) -> io::Result<File> {
+        File::options().create(true).append(true).open(self.path.join("krx-lock"))
+    }
+
     /// Waits until no other process imports.
     fn lock(&self, waiting: impl FnOnce()) -> io::Result<File> {
-        let file = File::options().create(true).append(true).open(self.path.join("lock"))?;
+        let file = self.lock_file()?;
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             waiting();
             flock(&file, FlockOperation::LockExclusive)?;
@@ -223,11 +237,12 @@ fn fill(tree: Tree, stored: impl Read, layer: &Layer, budget: &mut Budget) -> Re
     {
         let content = decoded(&mut stored).map_err(LayerError::Decode)?;
         // Also of what is no file's data.
-        let most = budget.bytes.saturating_add(budget.entries.saturating_mul(1024));
+        let most = budget.stream;
         let mut entries = Entries::new(Sequential(Hashing::new(content, &inner).take(most)));
         tree.unpack(&mut entries, budget)?;
         io::copy(&mut entries.into_inner().0, &mut io::sink()).map_err(LayerError::Decode)?;
-        if inner.bytes() == most {
+        budget.stream -= inner.bytes();
+        if budget.stream == 0 {
             return Err(LayerError::TooLarge(Budget::IMAGE.bytes >> 30));
         }
     }
@@ -246,14 +261,6 @@ pub(crate) fn like(below: &Path, own: &Path) -> io::Result<()> {
     let below = fs::metadata(below)?;
     chown(own, Some(below.uid()), Some(below.gid()))?;
     fs::set_permissions(own, below.permissions())
-}
-
-/// Empties a directory.
-fn clear(directory: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(directory)? {
-        fs::remove_dir_all(entry?.path())?;
-    }
-    Ok(())
 }
 
 /// A reader of whose progress is told.
@@ -326,10 +333,16 @@ mod tests {
         let scratch = Scratch::new("store");
         let layer = Archive::new().file("file", b"data").finish();
         image(&scratch, &layer, &layer);
-        scratch.write("store/tmp/layer/fs/half", b"");
+        scratch.write("store/krx-tmp/layer/fs/half", b"");
+        scratch.write("store/tmp/precious", b"");
         let (store, image, _) = import(&scratch);
         assert!(!image.unwrap().layers[0].join("half").exists());
         assert_eq!(fs::read_dir(store.tmp()).unwrap().count(), 0);
+        // Also where nothing is to be unpacked; what is somebody else's stays.
+        scratch.write("store/krx-tmp/layer/fs/half", b"");
+        import(&scratch).1.unwrap();
+        assert_eq!(fs::read_dir(store.tmp()).unwrap().count(), 0);
+        assert!(scratch.path().join("store/tmp/precious").exists());
     }
 
     /// What is wrong with a layer is told, and nothing of it is kept.

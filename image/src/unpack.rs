@@ -15,11 +15,12 @@ use std::rc::Rc;
 use rustix::fs::{
     AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags, chmodat,
     chownat, fchmod, fchown, fsetxattr, linkat, makedev, mkdirat, mknodat, openat, openat2, readlinkat,
-    statat, symlinkat, unlinkat, utimensat,
+    statat, symlinkat, utimensat,
 };
 use rustix::io::Errno;
 
-use crate::error::LayerError;
+use crate::error::{LayerError, shown};
+use crate::remove::remove;
 use crate::tar::{Entries, Entry, Kind, Source};
 
 /// Begins the name of a file that says of another that it is no more (layer.md, "Whiteouts").
@@ -28,6 +29,11 @@ const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 /// Other names of that kind are notes of AUFS.
 const NOTE: &[u8] = b".wh..wh.";
+/// Largest numbers of a device (`MINORBITS` of Linux); larger ones would be cut to others.
+const MAX_MAJOR: u32 = 0xfff;
+const MAX_MINOR: u32 = 0xf_ffff;
+/// Deepest path of an entry: those of images have a few dozen steps.
+const MAX_DEPTH: usize = 256;
 /// Attributes that mean something in a guest, and nothing to overlayfs.
 const XATTRS: [&[u8]; 3] = [b"security.capability", b"system.posix_acl_access", b"system.posix_acl_default"];
 const USER_XATTR: &[u8] = b"user.";
@@ -35,13 +41,24 @@ const USER_XATTR: &[u8] = b"user.";
 /// What an image may still hold.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Budget {
+    /// Of files.
     pub(crate) bytes: u64,
     pub(crate) entries: u64,
+    /// Bytes of archives, decompressed.
+    pub(crate) stream: u64,
+    /// Bytes of what is remembered to the end of a layer.
+    pub(crate) memory: u64,
 }
 
 impl Budget {
     /// More than any image that runs in a VM needs, and less than fills a disk of today.
-    pub(crate) const IMAGE: Self = Self { bytes: 64 << 30, entries: 4_000_000 };
+    pub(crate) const IMAGE: Self =
+        Self { bytes: 64 << 30, entries: 4_000_000, stream: 72 << 30, memory: 512 << 20 };
+
+    fn take_entry(&mut self) -> Result<(), LayerError> {
+        self.entries = self.entries.checked_sub(1).ok_or(LayerError::TooMany(Self::IMAGE.entries))?;
+        Ok(())
+    }
 }
 
 /// The directory in which a layer becomes files.
@@ -60,6 +77,13 @@ enum Refusal {
     /// It cannot be.
     No(&'static str),
     System(io::Error),
+    Bounds(LayerError),
+}
+
+impl From<LayerError> for Refusal {
+    fn from(error: LayerError) -> Self {
+        Self::Bounds(error)
+    }
 }
 
 impl From<Errno> for Refusal {
@@ -85,15 +109,15 @@ impl Tree {
         layer: &mut Entries<S>,
         budget: &mut Budget,
     ) -> Result<(), LayerError> {
-        let limit = Budget::IMAGE;
         while let Some(entry) = layer.next()? {
-            budget.entries = budget.entries.checked_sub(1).ok_or(LayerError::TooMany(limit.entries))?;
-            budget.bytes =
-                budget.bytes.checked_sub(entry.size).ok_or(LayerError::TooLarge(limit.bytes >> 30))?;
-            let name = || String::from_utf8_lossy(&entry.path).into_owned();
-            self.apply(&entry, layer).map_err(|refusal| match refusal {
+            budget.take_entry()?;
+            let large = || LayerError::TooLarge(Budget::IMAGE.bytes >> 30);
+            budget.bytes = budget.bytes.checked_sub(entry.size).ok_or_else(large)?;
+            let name = || shown(&String::from_utf8_lossy(&entry.path));
+            self.apply(&entry, layer, budget).map_err(|refusal| match refusal {
                 Refusal::No(why) => LayerError::Entry { name: name(), why },
                 Refusal::System(source) => LayerError::Make { name: name(), source },
+                Refusal::Bounds(error) => error,
             })?;
         }
         // Deepest first: to set the times of one does not change another's, but to reach it may want search.
@@ -106,10 +130,15 @@ impl Tree {
         Ok(())
     }
 
-    fn apply(&mut self, entry: &Entry, data: &mut impl Read) -> Result<(), Refusal> {
+    fn apply(&mut self, entry: &Entry, data: &mut impl Read, budget: &mut Budget) -> Result<(), Refusal> {
         let path = relative(&entry.path)?;
         if [entry.uid, entry.gid].contains(&u32::MAX) {
             return Err(Refusal::No("its owner is none"));
+        }
+        if entry.kind == Kind::Directory {
+            // Its path and times are remembered.
+            let memory = budget.memory.checked_sub(64 + path.as_os_str().len() as u64);
+            budget.memory = memory.ok_or(LayerError::TooMany(Budget::IMAGE.entries))?;
         }
         let Some(name) = path.file_name().map(OsStr::to_owned) else {
             return if entry.kind == Kind::Directory {
@@ -122,7 +151,7 @@ impl Tree {
         if name.as_bytes().starts_with(WHITEOUT) {
             return self.whiteout(&parent, &name);
         }
-        let place = self.parent(&parent)?;
+        let place = self.parent(&parent, budget)?;
         self.make(entry, &path, &place, &name, data)
     }
 
@@ -171,6 +200,11 @@ impl Tree {
             Kind::Symlink(to) if to.is_empty() => return Err(Refusal::No("it is a link to nothing")),
             Kind::Symlink(to) => symlinkat(OsStr::from_bytes(to), place, name)?,
             Kind::Fifo => mknodat(place, name, FileType::Fifo, Mode::empty(), 0)?,
+            Kind::CharDevice(major, minor) | Kind::BlockDevice(major, minor)
+                if *major > MAX_MAJOR || *minor > MAX_MINOR =>
+            {
+                return Err(Refusal::No("Linux has no such device"));
+            }
             Kind::CharDevice(0, 0) => {
                 return Err(Refusal::No("the device 0:0 is overlayfs's mark for what is gone"));
             }
@@ -214,14 +248,11 @@ impl Tree {
 
     /// Removes what is at a place.
     fn clear(&mut self, place: &OwnedFd, name: &OsStr) -> io::Result<()> {
-        match unlinkat(place, name, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => Ok(()),
-            Err(Errno::ISDIR | Errno::PERM) => {
-                self.parent = None;
-                fs::remove_dir_all(fd_path(place.as_fd()).join(name))
-            }
-            Err(errno) => Err(errno.into()),
+        if statat(place, name, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
+            // The way to what is remembered may have led through it.
+            self.parent = None;
         }
+        remove(place.as_fd(), name)
     }
 
     fn whiteout(&mut self, parent: &Path, name: &OsStr) -> Result<(), Refusal> {
@@ -249,23 +280,21 @@ impl Tree {
     fn hide(&mut self, path: &Path) -> io::Result<()> {
         let Some(layer) = &self.own else { return Ok(()) };
         let own = layer.try_clone()?;
-        let directory = self.find(path)?;
-        for child in fs::read_dir(fd_path(directory.as_fd()))? {
-            let (child, path) = child.map(|child| (child.file_name(), path.join(child.file_name())))?;
-            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            match openat2(
-                &own,
-                &path,
-                flags,
-                Mode::empty(),
-                ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS,
-            ) {
-                Err(Errno::NOENT) => self.clear(&directory, &child)?,
-                Err(errno) => return Err(errno.into()),
-                Ok(kept) => {
-                    let kept = rustix::fs::fstat(&kept)?;
-                    if FileType::from_raw_mode(kept.st_mode) == FileType::Directory {
-                        self.hide(&path)?;
+        let mut rest = vec![path.to_path_buf()];
+        while let Some(path) = rest.pop() {
+            let directory = self.find(&path)?;
+            for child in fs::read_dir(fd_path(directory.as_fd()))? {
+                let (child, path) = child.map(|child| (child.file_name(), path.join(child.file_name())))?;
+                let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+                match openat2(&own, &path, flags, Mode::empty(), resolve) {
+                    Err(Errno::NOENT) => self.clear(&directory, &child)?,
+                    Err(errno) => return Err(errno.into()),
+                    Ok(kept) => {
+                        let mode = rustix::fs::fstat(&kept)?.st_mode;
+                        if FileType::from_raw_mode(mode) == FileType::Directory {
+                            rest.push(path);
+                        }
                     }
                 }
             }
@@ -299,13 +328,14 @@ impl Tree {
         openat2(&self.root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS)
     }
 
-    fn make_directories(&self, path: &Path) -> Result<OwnedFd, Errno> {
+    fn make_directories(&self, path: &Path, budget: &mut Budget) -> Result<OwnedFd, Refusal> {
         let mut above = self.find(Path::new(""))?;
         let mut so_far = PathBuf::new();
         for part in path {
             so_far.push(part);
             above = match self.find(&so_far) {
                 Err(Errno::NOENT) => {
+                    budget.take_entry()?;
                     mkdirat(&above, part, Mode::from_raw_mode(0o755))?;
                     self.find(&so_far)?
                 }
@@ -316,18 +346,26 @@ impl Tree {
     }
 
     /// The directory of an entry. Those of its path that the layer does not tell of are made.
-    fn parent(&mut self, path: &Path) -> Result<Rc<OwnedFd>, Refusal> {
+    fn parent(&mut self, path: &Path, budget: &mut Budget) -> Result<Rc<OwnedFd>, Refusal> {
         if let Some((_, directory)) = self.parent.as_ref().filter(|(known, _)| known == path) {
             return Ok(directory.clone());
         }
         let found = match self.find(path) {
-            Err(Errno::NOENT) => self.make_directories(path),
-            found => found,
+            Err(Errno::NOENT) => self.make_directories(path, budget),
+            found => found.map_err(Refusal::from),
         };
-        let found = Rc::new(found.map_err(|errno| match errno {
-            // A link to nothing, too.
-            Errno::NOTDIR | Errno::LOOP | Errno::EXIST => Refusal::No("what it lies in is no directory"),
-            errno => errno.into(),
+        let found = Rc::new(found.map_err(|refusal| {
+            match refusal {
+                // A link to nothing, too.
+                Refusal::System(error)
+                    if [Errno::NOTDIR, Errno::LOOP, Errno::EXIST]
+                        .map(Some)
+                        .contains(&Errno::from_io_error(&error)) =>
+                {
+                    Refusal::No("what it lies in is no directory")
+                }
+                refusal => refusal,
+            }
         })?);
         self.parent = Some((path.into(), found.clone()));
         Ok(found)
@@ -349,6 +387,9 @@ fn relative(path: &[u8]) -> Result<PathBuf, Refusal> {
             b".." => return Err(Refusal::No("its path has `..` in it")),
             part => relative.push(OsStr::from_bytes(part)),
         }
+    }
+    if relative.components().count() > MAX_DEPTH {
+        return Err(Refusal::No("its path is too deep"));
     }
     Ok(relative)
 }
@@ -485,6 +526,43 @@ mod tests {
     }
 
     #[test]
+    fn what_is_removed_is_not_a_way_any_more() {
+        let scratch = Scratch::new("unpack");
+        let archive = Archive::new().directory("d").link("l", "d").file("l/x", b"").file(".wh.l", b"");
+        unpack(&scratch, archive.file("l/y", b"")).unwrap();
+        let root = scratch.path().join("root");
+        assert!(root.join("d/x").exists() && root.join("l/y").exists() && !root.join("d/y").exists());
+    }
+
+    #[test]
+    fn devices_are_those_that_linux_has() {
+        let of = |kind, major, minor| {
+            let mut header = crate::testing::header(kind, 0o600);
+            header.set_device_major(major).unwrap();
+            header.set_device_minor(minor).unwrap();
+            header.set_path("device").unwrap();
+            header.set_cksum();
+            let scratch = Scratch::new("unpack");
+            let root = fs::File::open(scratch.path()).unwrap().into();
+            let archive = Sequential(&header.as_bytes()[..]);
+            Tree::new(root, None).unpack(&mut Entries::new(archive), &mut { Budget::IMAGE })
+        };
+        for (major, minor) in [(0, 0), (0x1000, 0), (1, 0x10_0000)] {
+            let refused = of(EntryType::Char, major, minor);
+            assert!(matches!(refused, Err(LayerError::Entry { .. })), "{major}:{minor}");
+        }
+        assert!(matches!(of(EntryType::Block, 0x1000, 0), Err(LayerError::Entry { .. })));
+    }
+
+    #[test]
+    fn names_are_shown_without_control_characters() {
+        let refused = unpack(&Scratch::new("unpack"), Archive::new().file("/\x1b[31m\nx", b"")).unwrap_err();
+        assert_eq!(refused.to_string(), "/\\u{1b}[31m\\nx cannot be: its path is absolute");
+        let deep = "d/".repeat(45) + "f";
+        assert!(unpack(&Scratch::new("unpack"), Archive::new().file(&deep, b"")).is_ok());
+    }
+
+    #[test]
     fn whiteouts_remove() {
         let scratch = Scratch::new("unpack");
         let archive = Archive::new().directory("d").file("d/a", b"").directory("d/b").file("d/b/c", b"");
@@ -526,12 +604,18 @@ mod tests {
             unpack_into(
                 scratch.path(),
                 Archive::new().file("a", b"12345").file("b", b""),
-                Budget { bytes, entries },
+                Budget { bytes, entries, ..Budget::IMAGE },
             )
         };
         assert!(of(5, 2).is_ok());
         assert!(matches!(of(4, 2), Err(LayerError::TooLarge(64))));
         assert!(matches!(of(5, 1), Err(LayerError::TooMany(_))));
+        let few = Budget { entries: 5, ..Budget::IMAGE };
+        let implied = unpack_into(scratch.path(), Archive::new().file("1/2/3/4/5/6", b""), few);
+        assert!(matches!(implied, Err(LayerError::TooMany(_))));
+        let little = Budget { memory: 100, ..Budget::IMAGE };
+        let named = unpack_into(scratch.path(), Archive::new().directory("abc").directory("def"), little);
+        assert!(matches!(named, Err(LayerError::TooMany(_))));
     }
 
     #[test]

@@ -43,7 +43,10 @@ impl Images {
 
     /// What is in a directory of the cache.
     fn kept(&self, directory: &str) -> Vec<PathBuf> {
-        let entries = fs::read_dir(self.cache.join("store").join(directory)).into_iter().flatten().flatten();
+        let entries = fs::read_dir(self.cache.join("store").join(format!("krx-{directory}")))
+            .into_iter()
+            .flatten()
+            .flatten();
         entries.map(|entry| entry.path()).collect()
     }
 
@@ -133,6 +136,11 @@ fn what_a_container_writes_goes_with_it() {
     let written =
         images.run(&image, &[], &["sh", "-c", "echo x >/opt/kept; rm -r /opt/full; ls /opt; rm -r /opt"]);
     assert_eq!(written.ok().out, "kept\nowned\n");
+    // Deeper than a process may have descriptors.
+    let script =
+        "p=d; while [ ${#p} -lt 2400 ]; do p=$p/d; done; mkdir /deep && cd /deep && mkdir -p $p && echo made";
+    assert_eq!(images.run(&image, &[], &["sh", "-c", script]).ok().out, "made\n");
+    images.assert_clean();
     let seen = images.run(&image, &["--read-only"], &["sh", "-c", "cat /opt/kept; ls /opt/full; touch /x"]);
     assert_eq!((seen.out.as_str(), seen.code), ("lower\nupper\n", 1), "{seen:?}");
     images.assert_clean();
