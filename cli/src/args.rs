@@ -30,6 +30,10 @@ pub(crate) enum Command {
     Console(Console),
     /// Lists running pods
     Ps(Ps),
+    /// Shows what running pods use
+    Stats(StatsOptions),
+    /// Prints what is known of a running pod, as JSON
+    Inspect(Inspect),
     /// Sends a signal to the first process of a pod
     Kill(Kill),
     /// Checks whether this host can run micro-VMs
@@ -152,6 +156,21 @@ pub(crate) struct Ps {
     /// Prints JSON, one array of objects
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatsOptions {
+    /// Prints JSON, one array of objects
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Names of pods (all unless given)
+    pub(crate) names: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Inspect {
+    /// Name of the pod
+    pub(crate) name: String,
 }
 
 #[derive(Debug, Args)]

@@ -15,6 +15,7 @@ mod pods;
 mod process;
 mod run;
 mod signals;
+mod stats;
 mod terminal;
 
 use std::io::Write;
@@ -44,6 +45,8 @@ fn command(command: &Command) -> u8 {
         Command::Exec(arguments) => pods::exec(arguments),
         Command::Console(arguments) => pods::console(arguments),
         Command::Ps(arguments) => pods::ps(arguments),
+        Command::Stats(arguments) => stats::stats(arguments),
+        Command::Inspect(arguments) => stats::inspect(arguments),
         Command::Kill(arguments) => pods::kill(arguments),
         Command::Completions(arguments) => pages::completions(arguments),
         Command::Man(arguments) => pages::man(arguments),

@@ -144,7 +144,7 @@ pub(crate) fn print(text: &str) -> Result<u8, CliError> {
 }
 
 /// A pod's state without its environment, which may hold secrets.
-fn public(state: &PodState) -> serde_json::Value {
+pub(crate) fn public(state: &PodState) -> serde_json::Value {
     serde_json::json!({
         "name": state.name,
         "owner_pid": state.owner_pid,

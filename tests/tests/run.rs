@@ -149,6 +149,20 @@ fn exec_ps_and_kill_reach_a_running_pod() {
     assert_eq!(pod.exec(&["no-such-program"]).code, 127);
     let ps = finish(&mut place.krx(&["ps"]), b"").ok();
     assert!(ps.out.contains("web"), "{ps:?}");
+    let json = |arguments: &[&str]| -> serde_json::Value {
+        let ended = finish(&mut place.krx(arguments), b"").ok();
+        serde_json::from_str(&ended.out).expect("JSON")
+    };
+    let stats = json(&["stats", "--json"]);
+    assert_eq!((stats[0]["name"].as_str(), stats[0]["pids"].as_u64()), (Some("web"), Some(1)), "{stats}");
+    assert!(stats[0]["memory_bytes"].as_u64() > Some(4096), "{stats}");
+    let table = finish(&mut place.krx(&["stats", "web"]), b"").ok();
+    assert!(table.out.contains("web") && table.out.contains("CPU TIME"), "{table:?}");
+    let inspected = json(&["inspect", "web"]);
+    assert_eq!(inspected["container"]["cwd"], "/", "{inspected}");
+    assert_eq!(inspected["stats"]["pids"], 1, "{inspected}");
+    assert!(!inspected.to_string().contains("PATH="), "{inspected}");
+    assert_eq!(finish(&mut place.krx(&["stats", "none"]), b"").code, 125);
     let taken = finish(&mut place.run(&["--name", "web"], &["true"]), b"");
     assert_eq!(taken.code, 125);
     assert!(taken.err.contains("web") && taken.err.contains("in use"), "{taken:?}");
