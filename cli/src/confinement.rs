@@ -95,6 +95,11 @@ impl Confinement {
         }
         Ok(())
     }
+
+    /// Whether one of the file systems in memory is to be mounted there.
+    pub(crate) fn has_tmpfs(&self, destination: &str) -> bool {
+        self.tmpfs.iter().any(|text| tmpfs(text).is_ok_and(|mount| mount.destination == destination))
+    }
 }
 
 fn usage<T>(text: String) -> Result<T, CliError> {

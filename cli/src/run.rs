@@ -149,7 +149,12 @@ fn container(arguments: &Run, name: &str) -> Result<(Container, ExecBase, Option
     };
     arguments.confinement.apply(&mut container.spec)?;
     let volumes: Result<Vec<_>, _> = arguments.volumes.iter().map(|text| Volume::parse(text)).collect();
-    container.add_volumes(volumes.map_err(ContainerError::Volume)?)?;
+    let volumes = volumes.map_err(ContainerError::Volume)?;
+    // One would hide the other, and nobody would know.
+    if let Some(both) = volumes.iter().find(|volume| arguments.confinement.has_tmpfs(&volume.destination)) {
+        return Err(ContainerError::Twice(both.destination.clone()).into());
+    }
+    container.add_volumes(volumes)?;
     let rootfs = container.rootfs().to_owned();
     let spec = &mut container.spec;
     if !arguments.command.is_empty() && image.is_none() {

@@ -92,6 +92,8 @@ fn options_that_docker_has_mean_what_they_do_there() {
         let refused = place.sh(&bad, "true");
         assert!(refused.code == 125 && refused.err.contains(about), "{refused:?}");
     }
+    let both = place.sh(&["--tmpfs", "/data/", "-v", "/tmp:/data"], "true");
+    assert!(both.code == 125 && both.err.contains("/data is mounted on twice"), "{both:?}");
     place.assert_clean();
 }
 
