@@ -5,8 +5,8 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use nix::mount::{MsFlags, mount, umount};
-use nix::unistd::mkdtemp;
+use krx_image::private_mounts;
+use nix::mount::{MsFlags, mount};
 
 /// Set by `tests/kvm-host` for what runs in an emulated host; `icount` where time is counted.
 const INSIDE: &str = "KRX_KVM_HOST_INSIDE";
@@ -17,6 +17,12 @@ pub fn is_counting() -> bool {
     std::env::var(INSIDE).is_ok_and(|mode| mode == "icount")
 }
 
+/// Whether this is the emulated host.
+#[must_use]
+pub fn is_emulated() -> bool {
+    std::env::var_os(INSIDE).is_some()
+}
+
 /// The repository's root.
 #[must_use]
 pub fn root() -> PathBuf {
@@ -24,23 +30,26 @@ pub fn root() -> PathBuf {
     manifest.parent().unwrap_or(manifest).into()
 }
 
-/// A tmpfs of its own with all that is executed and read: a page that is fetched from elsewhere would be measured.
+/// What the tmpfs covers: a directory that is on every host, with nobody's sources in it.
+const COVERED: &str = "/dev/shm";
+
+/// A tmpfs of its own with all that is executed and read: a page that is fetched from elsewhere would be measured. This process
+/// and its children alone see it, and it goes with them, however they end.
 #[derive(Debug)]
-pub struct Memory(PathBuf);
+pub struct Memory(());
 
 impl Memory {
     /// # Errors
     /// No permission to mount.
     pub fn new() -> io::Result<Self> {
-        // Not named by PID: an emulated host has the PIDs of the one before, which may have been killed.
-        let path = mkdtemp("/tmp/krx-bench-XXXXXX")?;
-        mount(Some("krx-bench"), &path, Some("tmpfs"), MsFlags::empty(), None::<&str>)?;
-        Ok(Self(path))
+        private_mounts()?;
+        mount(Some("krx-bench"), COVERED, Some("tmpfs"), MsFlags::empty(), None::<&str>)?;
+        Ok(Self(()))
     }
 
     #[must_use]
     pub fn path(&self, name: &str) -> PathBuf {
-        self.0.join(name)
+        Path::new(COVERED).join(name)
     }
 
     /// Copies a file of the build, or of the machine.
@@ -49,18 +58,11 @@ impl Memory {
     /// It is not there: the text says how to make it.
     pub fn copy(&self, from: &Path, name: &str) -> io::Result<PathBuf> {
         let to = self.path(name);
-        fs::create_dir_all(to.parent().unwrap_or(&self.0))?;
+        fs::create_dir_all(to.parent().unwrap_or_else(|| Path::new(COVERED)))?;
         fs::copy(from, &to).map_err(|error| {
             io::Error::new(error.kind(), format!("{}: {error}; run `make build` first", from.display()))
         })?;
         fs::set_permissions(&to, fs::Permissions::from_mode(0o755))?;
         Ok(to)
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        let _ = umount(&self.0);
-        let _ = fs::remove_dir(&self.0);
     }
 }

@@ -30,12 +30,12 @@ mod tests {
 
     #[test]
     fn every_command_has_a_page() {
-        let directory = std::env::temp_dir().join(format!("krx-man-{}", std::process::id()));
+        let scratch = tempfile::tempdir().unwrap();
+        let directory = scratch.path().join("man1");
         man(&Man { directory: directory.clone() }).unwrap();
-        let run = fs::read_to_string(directory.join("krx-run.1"));
-        let page = fs::read_to_string(directory.join("krx.1")).unwrap();
-        fs::remove_dir_all(&directory).unwrap();
-        assert!(run.unwrap().contains("entrypoint"));
+        let read = |page: &str| fs::read_to_string(directory.join(page)).unwrap();
+        let page = read("krx.1");
+        assert!(read("krx-run.1").contains("entrypoint"));
         assert!(page.contains("doctor") && page.contains("Exit codes"), "{page}");
         assert!(!page.contains("man pages"), "what is hidden is not told of");
     }

@@ -86,7 +86,7 @@ impl ContainerPlan {
         }
         let namespaces = namespaces(&spec.namespaces);
         spec.hostname.as_deref().map_or(Ok(()), check_hostname)?;
-        spec.domainname.as_deref().map_or(Ok(()), check_domainname)?;
+        spec.domainname.as_deref().map_or(Ok(()), |name| check_name("domainname", name))?;
         let lists = [
             (spec.mounts.len(), MAX_MOUNTS, "mounts"),
             (spec.masked_paths.len(), MAX_PATHS, "masked_paths"),
@@ -137,10 +137,6 @@ fn namespaces(wanted: &[Namespace]) -> CloneFlags {
 
 pub(crate) fn check_hostname(hostname: &str) -> Result<(), AgentError> {
     check_name("hostname", hostname)
-}
-
-fn check_domainname(domainname: &str) -> Result<(), AgentError> {
-    check_name("domainname", domainname)
 }
 
 fn check_name(field: &str, name: &str) -> Result<(), AgentError> {

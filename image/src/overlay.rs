@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -19,6 +19,11 @@ pub fn private_mounts() -> io::Result<()> {
     Ok(mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)?)
 }
 
+/// A name for what is open, for calls that take no handles.
+pub(crate) fn fd_path(file: impl AsFd) -> String {
+    format!("/proc/self/fd/{}", file.as_fd().as_raw_fd())
+}
+
 /// A mounted overlay, unmounted when dropped.
 pub(crate) struct Overlay {
     at: PathBuf,
@@ -30,11 +35,10 @@ impl Overlay {
         // By handles: paths could have characters that mean something in options, and all of them have to fit in a page.
         let handles: Vec<OwnedFd> =
             layers.iter().rev().map(|layer| Ok(File::open(layer)?.into())).collect::<io::Result<_>>()?;
-        let name = |handle: &OwnedFd| format!("/proc/self/fd/{}", handle.as_raw_fd());
-        let (upper, work) = (File::open(upper)?.into(), File::open(work)?.into());
-        let lower: Vec<_> = handles.iter().map(name).collect();
+        let (upper, work): (OwnedFd, OwnedFd) = (File::open(upper)?.into(), File::open(work)?.into());
+        let lower: Vec<_> = handles.iter().map(fd_path).collect();
         let options =
-            format!("lowerdir={},upperdir={},workdir={}", lower.join(":"), name(&upper), name(&work));
+            format!("lowerdir={},upperdir={},workdir={}", lower.join(":"), fd_path(&upper), fd_path(&work));
         mount(Some("overlay"), at, Some("overlay"), MsFlags::empty(), Some(options.as_str()))?;
         Ok(Self { at: at.into() })
     }

@@ -2,7 +2,7 @@
 //! them, whatever is moved meanwhile.
 
 use std::ffi::{CString, OsStr};
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -27,11 +27,7 @@ pub(crate) fn remove(place: BorrowedFd<'_>, name: &OsStr) -> io::Result<()> {
 
 /// Removes all that is in a directory.
 pub(crate) fn clear(directory: &Path) -> io::Result<()> {
-    let directory = File::open(directory)?;
-    for entry in fs::read_dir(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&directory)))? {
-        remove(directory.as_fd(), &entry?.file_name())?;
-    }
-    Ok(())
+    empty(File::open(directory)?.into())
 }
 
 /// Removes a directory by its path.
@@ -94,6 +90,7 @@ fn unlink_all(directory: &OwnedFd) -> io::Result<Option<CString>> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::os::unix::fs::symlink;
 
     use super::*;

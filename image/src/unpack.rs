@@ -7,7 +7,7 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -20,6 +20,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use crate::error::{LayerError, shown};
+use crate::overlay::fd_path;
 use crate::remove::remove;
 use crate::tar::{Entries, Entry, Kind, Source};
 
@@ -419,11 +420,6 @@ fn ids(entry: &Entry) -> (Uid, Gid) {
 fn times(entry: &Entry) -> Timestamps {
     let modified = Timespec { tv_sec: entry.modified.0, tv_nsec: entry.modified.1.into() };
     Timestamps { last_access: modified, last_modification: modified }
-}
-
-/// A name for what is open, for calls that take no handles.
-fn fd_path(file: BorrowedFd<'_>) -> PathBuf {
-    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ mod seccomp_program;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use krx_proto::{ContainerSpec, Mount, Namespace, ProcessSpec, Resources, Scheduling, SeccompFilter};
+use krx_proto::{ContainerSpec, Mount, Namespace, ProcessSpec, Resources, SeccompFilter};
 use oci_spec::runtime::{Linux, Spec};
 use serde_json::Value;
 
@@ -243,6 +243,9 @@ fn container_spec(
     let nodes = devices::nodes(linux.devices().as_deref().unwrap_or_default(), rules)?;
     let mut sysctls: Vec<_> = linux.sysctl().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
     sysctls.sort_unstable();
+    let mut first = process::read(process)?;
+    first.seccomp = linux.seccomp().as_ref().map(seccomp::read).transpose()?.flatten();
+    first.scheduling.personality = linux.personality().as_ref().map(scheduling::personality).transpose()?;
     let container = ContainerSpec {
         id: name.into(),
         root_readonly: spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly).unwrap_or(false),
@@ -255,14 +258,7 @@ fn container_spec(
         sysctls,
         device_rules: devices::rules(rules, &nodes.disks)?,
         devices: nodes.devices,
-        process: ProcessSpec {
-            scheduling: Scheduling {
-                personality: linux.personality().as_ref().map(scheduling::personality).transpose()?,
-                ..scheduling::read(process, false)?
-            },
-            seccomp: linux.seccomp().as_ref().map(seccomp::read).transpose()?.flatten(),
-            ..process::read(process)?
-        },
+        process: first,
         ..ContainerSpec::default()
     };
     Ok((container, nodes.disks))

@@ -1,12 +1,29 @@
-//! A directory of a test's own, removed when dropped.
+//! A directory of a test's own, removed when dropped. A process of its own removes it when the test's is killed, and in an
+//! emulated host, which may be killed as a whole, it lies in that host's memory.
 
 use std::fs;
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{LazyLock, Mutex};
+
+use benches::host;
 
 /// Names of all of them begin so.
 pub(crate) const PREFIX: &str = "krx-test-";
 
-/// Under `/tmp`, so that socket paths stay short.
+/// Is told of each directory, by a line, and removes them all when nobody is left who could tell of more.
+const KEEPER: &str = "trap '' HUP INT TERM; while IFS= read -r directory; do set -- \"$@\" \"$directory\"; done; rm -rf -- \"$@\"";
+static KEPT: LazyLock<Mutex<Child>> = LazyLock::new(|| {
+    let mut keeper = Command::new("sh");
+    keeper.args(["-c", KEEPER, "sh"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    // Not of the group that a terminal, or a runner, ends as a whole.
+    Mutex::new(keeper.process_group(0).spawn().expect("keeper of the scratch directories"))
+});
+
+/// With a short path, for the sockets in it.
 #[derive(Debug)]
 pub struct Scratch(PathBuf);
 
@@ -15,17 +32,23 @@ impl Scratch {
     /// When it cannot be made.
     #[must_use]
     pub fn new() -> Self {
-        Self::under(Path::new("/tmp"))
+        Self::under(Path::new(if host::is_emulated() { "/run" } else { "/tmp" }))
     }
 
-    /// Elsewhere than under `/tmp`.
+    /// In a directory of the caller's choice.
     ///
     /// # Panics
     /// When it cannot be made.
     #[must_use]
     pub fn under(directory: &Path) -> Self {
-        // Not of PIDs: those of an emulated host are those of the one before.
-        Self(nix::unistd::mkdtemp(&directory.join(format!("{PREFIX}XXXXXX"))).expect("scratch directory"))
+        // The keeper before there is something to be removed.
+        let mut keeper = KEPT.lock().expect("lock");
+        // Not named by PID: those of an emulated host are those of the one before.
+        let path =
+            nix::unistd::mkdtemp(&directory.join(format!("{PREFIX}XXXXXX"))).expect("scratch directory");
+        let told = keeper.stdin.as_mut().expect("piped");
+        told.write_all(&[path.as_os_str().as_bytes(), b"\n"].concat()).expect("keeper");
+        Self(path)
     }
 
     #[must_use]

@@ -5,7 +5,8 @@
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
-use std::process::Stdio;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -13,6 +14,7 @@ use nix::unistd::Pid;
 use tests::guest::{self, Mode};
 use tests::image;
 use tests::pod::{Living, Place, finish, until};
+use tests::scratch::Scratch;
 
 fn signal(pid: u32, signal: Signal) {
     kill(Pid::from_raw(i32::try_from(pid).expect("pid")), signal).expect("kill");
@@ -144,6 +146,30 @@ fn guests_that_do_not_play_along_cost_a_clear_error() {
         assert!(!ended.err.contains("panicked at"), "{mode:?}: {}", ended.err);
         place.assert_clean();
     }
+}
+
+/// Runs itself: the test that is killed is this one.
+#[test]
+fn a_killed_test_leaves_no_scratch_directory() {
+    const VICTIM: &str = "KRX_TEST_VICTIM";
+    const NAME: &str = "a_killed_test_leaves_no_scratch_directory";
+    if std::env::var_os(VICTIM).is_some() {
+        let scratch = Scratch::new();
+        scratch.write("deep/file", "content");
+        println!("\nscratch {}", scratch.path().display());
+        std::thread::sleep(Duration::from_secs(600));
+    }
+    let mut victim = Command::new(std::env::current_exe().expect("own program"));
+    victim.args(["--exact", NAME, "--nocapture"]).env(VICTIM, "1").stdout(Stdio::piped());
+    let mut victim = victim.spawn().expect("victim");
+    let lines = BufReader::new(victim.stdout.take().expect("piped")).lines();
+    let found = lines.map_while(Result::ok).find_map(|line| line.strip_prefix("scratch ").map(PathBuf::from));
+    let path = found.expect("its directory");
+    assert!(path.join("deep/file").exists());
+    victim.kill().expect("kill");
+    victim.wait().expect("end");
+    let gone = until(Duration::from_secs(20), || Some(()).filter(|()| !path.exists()));
+    assert!(gone.is_some(), "{} is left", path.display());
 }
 
 #[test]

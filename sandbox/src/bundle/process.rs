@@ -46,7 +46,7 @@ pub(super) fn read(process: &Process) -> Result<ProcessSpec, BundleError> {
         rlimits: process.rlimits().iter().flatten().map(rlimit).collect(),
         no_new_privileges: process.no_new_privileges().unwrap_or(false),
         oom_score_adj: process.oom_score_adj(),
-        scheduling: scheduling::read(process, false)?,
+        scheduling: scheduling::read(process)?,
         terminal: process.terminal().unwrap_or(false).then(|| console_size(process)),
         ..ProcessSpec::default()
     })
@@ -59,7 +59,7 @@ pub(super) fn read_further(json: &[u8], first: &ProcessSpec) -> Result<ProcessSp
     check(&raw)?;
     let process: Process = serde_json::from_value(raw).map_err(failed)?;
     let mut further = ProcessSpec { seccomp: first.seccomp.clone(), ..read(&process)? };
-    further.scheduling = scheduling::read(&process, true)?;
+    further.scheduling.cpus = scheduling::affinity(&process)?;
     further.scheduling.personality = first.scheduling.personality;
     // As runc does: what an exec does not say is the container's.
     if process.capabilities().is_none() {

@@ -11,17 +11,20 @@ use super::{BundleError, invalid, unsupported};
 /// As wide as the mask that the agent is given; a VM has fewer.
 const MAX_CPUS: u32 = 64;
 
-/// What a process says of itself. The affinity is of further processes: the container's first one has none.
-pub(super) fn read(process: &Process, is_further: bool) -> Result<Scheduling, BundleError> {
-    let affinity = process.exec_cpu_affinity().as_ref().filter(|_| is_further);
-    // The CPUs before the process is in its cgroup are those of none that krx makes.
-    let last = affinity.and_then(|affinity| affinity.cpu_affinity_final().as_deref());
+/// What a process says of itself, but for its CPUs.
+pub(super) fn read(process: &Process) -> Result<Scheduling, BundleError> {
     Ok(Scheduling {
         policy: process.scheduler().as_ref().map(policy).transpose()?,
         io_priority: process.io_priority().as_ref().map(io_priority).transpose()?,
-        cpus: last.filter(|list| !list.is_empty()).map(cpus).transpose()?,
-        personality: None,
+        ..Scheduling::default()
     })
+}
+
+/// The CPUs of a further process; the field is not for a container's first one. Those before it is in its cgroup are of no
+/// process that krx makes.
+pub(super) fn affinity(process: &Process) -> Result<Option<u64>, BundleError> {
+    let last = process.exec_cpu_affinity().as_ref().and_then(|wanted| wanted.cpu_affinity_final().as_deref());
+    last.filter(|list| !list.is_empty()).map(cpus).transpose()
 }
 
 /// All processes of a container have one.
@@ -103,10 +106,10 @@ mod tests {
 
     use super::*;
 
-    fn scheduling(fields: &Value, is_further: bool) -> Result<Scheduling, BundleError> {
+    fn process(fields: &Value) -> Process {
         let mut process = json!({"args": ["x"], "cwd": "/", "user": {"uid": 0, "gid": 0}});
         fields.as_object().unwrap().iter().for_each(|(name, value)| process[name] = value.clone());
-        read(&serde_json::from_value(process).unwrap(), is_further)
+        serde_json::from_value(process).unwrap()
     }
 
     #[test]
@@ -116,23 +119,22 @@ mod tests {
             "ioPriority": {"class": "IOPRIO_CLASS_BE", "priority": 6},
             "execCPUAffinity": {"initial": "0", "final": "0-1,3"},
         });
-        let read = scheduling(&fields, true).unwrap();
+        let asked = process(&fields);
+        let found = read(&asked).unwrap();
         let policy = SchedulingPolicy { policy: 2, priority: 7, flags: 1, ..SchedulingPolicy::default() };
-        assert_eq!(
-            (read.policy, read.io_priority, read.cpus),
-            (Some(policy), Some(2 << 13 | 6), Some(0b1011))
-        );
-        assert_eq!(scheduling(&fields, false).unwrap().cpus, None);
-        assert_eq!(scheduling(&json!({}), true).unwrap(), Scheduling::default());
+        assert_eq!((found.policy, found.io_priority, found.cpus), (Some(policy), Some(2 << 13 | 6), None));
+        assert_eq!(affinity(&asked).unwrap(), Some(0b1011));
+        let usual = process(&json!({}));
+        assert_eq!((read(&usual).unwrap(), affinity(&usual).unwrap()), (Scheduling::default(), None));
         let deadline =
             json!({"scheduler": {"policy": "SCHED_DEADLINE", "runtime": 1, "deadline": 2, "period": 3}});
-        let deadline = scheduling(&deadline, false).unwrap().policy.unwrap();
+        let deadline = read(&process(&deadline)).unwrap().policy.unwrap();
         assert_eq!((deadline.policy, deadline.runtime, deadline.deadline, deadline.period), (6, 1, 2, 3));
     }
 
     #[test]
     fn what_cannot_be_is_named() {
-        let refused = |fields: Value| scheduling(&fields, true).unwrap_err().to_string();
+        let refused = |fields: Value| read(&process(&fields)).unwrap_err().to_string();
         assert!(refused(json!({"scheduler": {"policy": "SCHED_ISO"}})).contains("scheduler.policy"));
         let negative = json!({"scheduler": {"policy": "SCHED_RR", "priority": -1}});
         assert!(refused(negative).contains("scheduler.priority"));
