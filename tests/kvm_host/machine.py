@@ -97,8 +97,10 @@ def make_directory():
     for stale in Path(base).glob(PREFIX + "*"):
         _remove_if_dead(stale)
     path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-    lock = open(path / "lock", "w")
+    # Locked before it has its name: another runner that looks for stale directories must not find it free.
+    lock = open(path / "lock.new", "w")
     fcntl.flock(lock, fcntl.LOCK_EX)
+    (path / "lock.new").rename(path / "lock")
     (path / "jobs").mkdir()
     return path, lock
 
