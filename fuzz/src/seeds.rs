@@ -35,7 +35,7 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
         "kernel" => vec![elf(2, 0x10_0000, 64), elf(1, 0x10_0000, 64), elf(2, u64::MAX - 8, 64), bzimage()],
         "klog" => vec![log()],
         "agent_frames" => frames(),
-        "bundle" => texts(&[BUNDLE, CONFINED, PROCESS, RESOURCES, r#"{"ociVersion":"1.2.0"}"#]),
+        "bundle" => texts(&[BUNDLE, CONFINED, TIMED, PROCESS, RESOURCES, r#"{"ociVersion":"1.2.0"}"#]),
         "image_archive" => vec![
             tar(&[
                 (b'0', "manifest.json", DOCKER_IMAGES),
@@ -159,6 +159,12 @@ const CONFINED: &str = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"},
 {"names":["clone"],"action":"SCMP_ACT_ALLOW","args":[{"index":0,"value":2114060288,"valueTwo":0,"op":"SCMP_CMP_MASKED_EQ"}]},
 {"names":["socket"],"action":"SCMP_ACT_KILL","args":[{"index":0,"value":40,"op":"SCMP_CMP_GT"},
 {"index":0,"value":4,"op":"SCMP_CMP_LE"}]},{"names":["clone3"],"action":"SCMP_ACT_ERRNO","errnoRet":38}]}}}"#;
+const TIMED: &str = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"},"hostname":"h","domainname":"d","annotations":{"a":"b"},
+"process":{"args":["sh"],"cwd":"/","user":{"uid":0,"gid":0},"scheduler":{"policy":"SCHED_FIFO","priority":3,"flags":["SCHED_FLAG_RECLAIM"]},
+"ioPriority":{"class":"IOPRIO_CLASS_BE","priority":4},"execCPUAffinity":{"initial":"0","final":"0-1"}},
+"hooks":{"createContainer":[{"path":"/h","args":["h"],"env":["A=1"],"timeout":5}],"startContainer":[{"path":"/s"}]},
+"linux":{"namespaces":[{"type":"uts"},{"type":"time"}],"timeOffsets":{"monotonic":{"secs":-1,"nanosecs":5},"boottime":{"secs":7}},
+"personality":{"domain":"LINUX32"}}}"#;
 const PROCESS: &str = r#"{"args":["ls"],"cwd":"/","user":{"uid":1,"gid":2},"terminal":true,"consoleSize":{"height":24,"width":80}}"#;
 const RESOURCES: &str =
     r#"{"memory":{"limit":-1},"cpu":{"quota":-1,"idle":1,"burst":5},"blockIO":{"weight":500}}"#;

@@ -18,8 +18,9 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::sys::stat::{Mode, SFlag, fstat, umask};
 use nix::unistd::{Gid, Uid, fchdir, fchown, read, sethostname, setsid, write};
 
-use crate::container::ContainerPlan;
+use crate::container::{ContainerPlan, NEW_TIME};
 use crate::error::{Doing, StepError};
+use crate::hooks::{HooksPlan, Point};
 use crate::process::ProcessPlan;
 use crate::rootfs::{self, Root};
 use crate::sys;
@@ -53,8 +54,12 @@ pub(crate) fn first(plan: &ContainerPlan, ends: &ChildEnds) -> ! {
     run(ends, &plan.process, &disk, || {
         let proc = open_proc()?;
         // Here and not at the fork: its root is the cgroup of the process that makes it.
-        let cgroup = plan.namespaces & CloneFlags::CLONE_NEWCGROUP;
-        unshare(cgroup).doing(|| "Cannot make the cgroup namespace")?;
+        let late = plan.namespaces & (CloneFlags::CLONE_NEWCGROUP | NEW_TIME);
+        unshare(late).doing(|| "Cannot make the cgroup or time namespace")?;
+        if !plan.time_offsets.is_empty() {
+            write_file(proc.as_fd(), "self/timens_offsets", &plan.time_offsets)
+                .doing(|| "Cannot set the clocks of the time namespace")?;
+        }
         if plan.namespaces.contains(CloneFlags::CLONE_NEWNET) {
             sys::socket::loopback_up().doing(|| "Cannot set the loopback interface up")?;
         }
@@ -67,7 +72,8 @@ pub(crate) fn first(plan: &ContainerPlan, ends: &ChildEnds) -> ! {
         }
         let root = rootfs::enter(&plan.root, &plan.process.cwd)?;
         plan.sysctls.iter().try_for_each(|(path, value)| set_sysctl(proc.as_fd(), path, value))?;
-        Ok(Entered { root, proc, is_first: true })
+        plan.hooks.run(Point::Create)?;
+        Ok(Entered { root, proc, is_first: true, hooks: Some(&plan.hooks) })
     })
 }
 
@@ -76,7 +82,7 @@ pub(crate) fn further(plan: &ProcessPlan, ends: &ChildEnds, first: BorrowedFd<'_
     run(ends, plan, &[first], || {
         let proc = open_proc()?;
         setns(first, joined).doing(|| "Cannot join the container's namespaces")?;
-        Ok(Entered { root: Root::own()?, proc, is_first: false })
+        Ok(Entered { root: Root::own()?, proc, is_first: false, hooks: None })
     })
 }
 
@@ -88,41 +94,52 @@ pub(crate) fn helper(sync: BorrowedFd<'_>, work: impl FnOnce() -> Result<(), Ste
 }
 
 /// Where a child is once it is in its container.
-struct Entered {
+struct Entered<'a> {
     root: Root,
     /// The guest's `/proc`, which the container's may not resemble.
     proc: OwnedFd,
     is_first: bool,
+    hooks: Option<&'a HooksPlan>,
 }
 
-fn run(
+fn run<'a>(
     ends: &ChildEnds,
     plan: &ProcessPlan,
     keep: &[BorrowedFd<'_>],
-    enter: impl FnOnce() -> Result<Entered, StepError>,
+    enter: impl FnOnce() -> Result<Entered<'a>, AgentError>,
 ) -> ! {
     let mut kept = vec![ends.sync.as_fd()];
     if let ChildStdio::Streams { stdin, stdout, stderr } = &ends.stdio {
         kept.extend([stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]);
     }
     kept.extend(keep);
-    let prepared = leave_agent(&kept).and_then(|()| enter()).and_then(|at| prepare(&at, plan, ends));
+    let prepared = leave_agent(&kept)
+        .map_err(AgentError::from)
+        .and_then(|()| enter())
+        .and_then(|at| Ok((prepare(&at, plan, ends)?, at.hooks)));
     let sync = ends.sync.as_fd();
-    let ready = match &prepared {
-        Ok(controller) => report(sync, &Ok(()), controller.as_ref()),
-        Err(_) => Err(Errno::ECANCELED),
+    let hooks = match prepared {
+        Ok((controller, hooks)) => report(sync, &Ok(()), controller.as_ref()).map(|()| hooks),
+        Err(error) => report(sync, &Err(error), None).and(Err(Errno::ECANCELED)),
     };
-    if let Err(error) = prepared {
-        let _ = report(sync, &Err(error.into()), None);
-    }
+    let Ok(hooks) = hooks else { sys::process::exit(1) };
     // The end of file: the agent is gone, or has no more use for this process.
-    if ready.is_err() || read(sync, &mut [0]) != Ok(1) {
+    if read(sync, &mut [0]) != Ok(1) {
         sys::process::exit(1);
     }
-    let error = plan.confine().map_or_else(AgentError::from, |()| plan.exec());
+    let error = start(plan, hooks);
     let code = if error.kind == ErrorKind::CommandNotFound { 127 } else { 126 };
     let _ = report(sync, &Err(error), None);
     sys::process::exit(code)
+}
+
+/// Becomes the program. Returns only with why it could not.
+fn start(plan: &ProcessPlan, hooks: Option<&HooksPlan>) -> AgentError {
+    let started = hooks.map_or(Ok(()), |hooks| hooks.run(Point::Start));
+    match started.and_then(|()| Ok(plan.confine()?)) {
+        Ok(()) => plan.exec(),
+        Err(error) => error,
+    }
 }
 
 /// Stops being a copy of the agent: its descriptors, signal settings and session.
@@ -155,7 +172,7 @@ fn gaps(keep: &mut [u32]) -> Vec<(u32, u32)> {
 }
 
 /// Everything but the exec. Returns the controlling end of the terminal, if there is one.
-fn prepare(at: &Entered, plan: &ProcessPlan, ends: &ChildEnds) -> Result<Option<OwnedFd>, StepError> {
+fn prepare(at: &Entered<'_>, plan: &ProcessPlan, ends: &ChildEnds) -> Result<Option<OwnedFd>, StepError> {
     let hard = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
         .doing(|| "Cannot read the limit of descriptors")?
         .1;
@@ -177,7 +194,11 @@ fn prepare(at: &Entered, plan: &ProcessPlan, ends: &ChildEnds) -> Result<Option<
     Ok(controller)
 }
 
-fn connect_stdio(at: &Entered, plan: &ProcessPlan, stdio: &ChildStdio) -> Result<Option<OwnedFd>, StepError> {
+fn connect_stdio(
+    at: &Entered<'_>,
+    plan: &ProcessPlan,
+    stdio: &ChildStdio,
+) -> Result<Option<OwnedFd>, StepError> {
     let doing = || "Cannot connect the standard streams";
     let user = &plan.credentials.user;
     match stdio {

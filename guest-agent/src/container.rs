@@ -4,11 +4,14 @@
 use std::ffi::CString;
 use std::os::fd::OwnedFd;
 
-use krx_proto::{AgentError, ContainerSpec, Device, MOUNT_LIVE, MOUNT_SHM, Mount, Namespace, validate_id};
+use krx_proto::{
+    AgentError, ContainerSpec, Device, MOUNT_LIVE, MOUNT_SHM, Mount, Namespace, TimeOffset, validate_id,
+};
 use nix::sched::CloneFlags;
 
 use crate::device_filter::DeviceFilter;
 use crate::error::invalid;
+use crate::hooks::HooksPlan;
 use crate::limits::Limits;
 use crate::mount_options::{Bind, MountOptions};
 use crate::process::{ProcessPlan, c_string};
@@ -21,6 +24,9 @@ const MAX_PATHS: usize = 4096;
 /// `HOST_NAME_MAX` of Linux.
 const MAX_HOSTNAME: usize = 64;
 
+/// `CLONE_NEWTIME`, which `nix` does not know. For unshare(2) and setns(2) alone: to clone3(2) it is another flag's bit.
+pub(crate) const NEW_TIME: CloneFlags = CloneFlags::from_bits_retain(libc::CLONE_NEWTIME);
+
 /// A container ready to be made.
 #[derive(Debug)]
 pub(crate) struct ContainerPlan {
@@ -28,11 +34,14 @@ pub(crate) struct ContainerPlan {
     pub(crate) namespaces: CloneFlags,
     pub(crate) hostname: Option<String>,
     pub(crate) domainname: Option<String>,
+    /// Lines for `/proc/self/timens_offsets`.
+    pub(crate) time_offsets: String,
     pub(crate) root: RootPlan,
     /// Files below `/proc/sys`, and what is written to them.
     pub(crate) sysctls: Vec<(String, String)>,
     pub(crate) limits: Limits,
     pub(crate) device_filter: Option<DeviceFilter>,
+    pub(crate) hooks: HooksPlan,
     pub(crate) process: ProcessPlan,
 }
 
@@ -107,6 +116,7 @@ impl ContainerPlan {
             namespaces,
             hostname: spec.hostname,
             domainname: spec.domainname,
+            time_offsets: time_offsets(&spec.time_offsets, namespaces)?,
             root: RootPlan {
                 path: c_string("rootfs", spec.rootfs)?,
                 disk: None,
@@ -119,6 +129,7 @@ impl ContainerPlan {
             sysctls: sysctls(spec.sysctls)?,
             limits: Limits::new(spec.resources)?,
             device_filter: DeviceFilter::new(&spec.device_rules)?,
+            hooks: spec.hooks.map_or_else(|| Ok(HooksPlan::default()), |hooks| HooksPlan::new(*hooks))?,
             process: ProcessPlan::new(spec.process)?,
         })
     }
@@ -131,8 +142,17 @@ fn namespaces(wanted: &[Namespace]) -> CloneFlags {
         Namespace::Uts => CloneFlags::CLONE_NEWUTS,
         Namespace::Network => CloneFlags::CLONE_NEWNET,
         Namespace::Cgroup => CloneFlags::CLONE_NEWCGROUP,
+        Namespace::Time => NEW_TIME,
     };
     wanted.iter().map(flag).fold(CloneFlags::CLONE_NEWNS, CloneFlags::union)
+}
+
+fn time_offsets(wanted: &[TimeOffset], namespaces: CloneFlags) -> Result<String, AgentError> {
+    if !wanted.is_empty() && !namespaces.contains(NEW_TIME) {
+        return Err(invalid("time_offsets: the container has no time namespace"));
+    }
+    let line = |offset: &TimeOffset| format!("{} {} {}\n", offset.clock, offset.seconds, offset.nanoseconds);
+    Ok(wanted.iter().map(line).collect())
 }
 
 pub(crate) fn check_hostname(hostname: &str) -> Result<(), AgentError> {
@@ -306,6 +326,8 @@ mod tests {
             let device = Device { path, kind, major: 1, minor: 3, mode: 0o666, uid: 0, gid: 0 };
             refused(ContainerSpec { devices: vec![device], ..spec() }, "devices:");
         }
+        let offset = TimeOffset { clock: 1, seconds: 1, nanoseconds: 0 };
+        refused(ContainerSpec { time_offsets: vec![offset], ..spec() }, "time_offsets:");
         refused(mounted("bind", "rel", &[]), "mounts: source:");
         refused(mounted("bind", "/s", &["size=1"]), "mounts:");
         refused(mounted("tm\0pfs", "", &[]), "mounts: type:");

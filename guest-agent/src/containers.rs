@@ -13,7 +13,7 @@ use krx_proto::{
 use nix::sched::{CloneFlags, setns};
 
 use crate::cgroup::{self, Cgroup};
-use crate::container::{ContainerPlan, MountKind, RootPlan};
+use crate::container::{ContainerPlan, MountKind, NEW_TIME, RootPlan};
 use crate::error::{Doing, StepError, invalid};
 use crate::forked::{Process, fork};
 use crate::freezer::Freezer;
@@ -223,8 +223,8 @@ impl Containers {
         self.check_process_count()?;
         let replicas = self.prepare_mounts(&plan.root)?;
         let cgroup = Cgroup::create(&id)?;
-        // The cgroup namespace is the child's to make, when it is in its cgroup.
-        let at_fork = plan.namespaces & !CloneFlags::CLONE_NEWCGROUP;
+        // The cgroup namespace is the child's to make, when it is in its cgroup; the time namespace, before anybody is in it.
+        let at_fork = plan.namespaces & !(CloneFlags::CLONE_NEWCGROUP | NEW_TIME);
         let limited = cgroup
             .limit(&plan.limits)
             .and_then(|()| plan.device_filter.iter().try_for_each(|filter| cgroup.filter_devices(filter)));

@@ -89,7 +89,7 @@ pub(crate) fn fork(
     let (sync, child_sync) =
         socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).doing(doing)?;
     let ends = ChildEnds { sync: child_sync, stdio };
-    match sys::process::fork_into(namespaces, cgroup).doing(doing)? {
+    match sys::process::fork_into(namespaces, Some(cgroup)).doing(doing)? {
         None => {
             body(&ends);
             sys::process::exit(1)

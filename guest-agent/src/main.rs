@@ -18,6 +18,7 @@ mod forward;
 mod freezer;
 mod greeting;
 mod guest;
+mod hooks;
 mod identity;
 mod lifecycle;
 mod limits;

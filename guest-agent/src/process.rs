@@ -173,7 +173,7 @@ pub(crate) fn c_string(field: &str, text: String) -> Result<CString, AgentError>
     CString::new(text).map_err(|_| invalid(format_args!("{field}: a NUL byte is not allowed")))
 }
 
-fn c_strings(field: &str, texts: Vec<String>) -> Result<Vec<CString>, AgentError> {
+pub(crate) fn c_strings(field: &str, texts: Vec<String>) -> Result<Vec<CString>, AgentError> {
     texts.into_iter().map(|text| c_string(field, text)).collect()
 }
 

@@ -21,6 +21,7 @@ mod devices;
 mod disks;
 mod forward;
 mod frame;
+mod hooks;
 mod message;
 mod network;
 mod resources;
@@ -34,6 +35,7 @@ pub use serde::de::DeserializeOwned;
 
 pub use forward::{FORWARDED, ForwardHello};
 pub use frame::{FrameError, MAX_FRAME, decode, encode, read_frame, take_frame, write_frame};
+pub use hooks::{HOOKS_SECONDS, Hook, Hooks, MAX_HOOKS};
 pub use message::{
     AgentError, Answer, Call, ErrorKind, ExitStatus, GuestInfo, MAX_PIDS, Message, ProcessInfo, ProcessState,
     Request, Stream, StreamHello,
@@ -45,8 +47,8 @@ pub use network::{
 pub use resources::{CpuMax, Limit, Resources, UNIFIED};
 pub use spec::{
     Capabilities, ContainerSpec, MAX_SECCOMP, MOUNT_LIVE, MOUNT_SHM, Mount, Namespace, ProcessSpec, Rlimit,
-    Scheduling, SchedulingPolicy, SeccompFilter, SeccompInstruction, TerminalSize, User, validate_id,
-    validate_live_target,
+    Scheduling, SchedulingPolicy, SeccompFilter, SeccompInstruction, TerminalSize, TimeOffset, User,
+    validate_id, validate_live_target,
 };
 pub use stats::{
     CpuStats, GuestMemory, GuestStats, InterfaceStats, IoStats, MemoryEvents, MemoryStats, PidsStats, Stats,
@@ -54,7 +56,7 @@ pub use stats::{
 };
 
 /// Version of the protocol; both sides must agree exactly, as they are shipped together.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// Vsock ports of the guest. All are below 2^16 and above the privileged range but one.
 pub mod port {

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::devices::{Device, DeviceRule};
 use crate::disks::Disk;
+use crate::hooks::Hooks;
 use crate::resources::Resources;
 
 /// One container. Paths are paths in the guest.
@@ -21,6 +22,8 @@ pub struct ContainerSpec {
     pub domainname: Option<String>,
     /// New namespaces the container gets; the others are the guest's. A mount namespace is always new.
     pub namespaces: Vec<Namespace>,
+    /// Of the clocks in its time namespace, which it then has to have.
+    pub time_offsets: Vec<TimeOffset>,
     /// In order of mounting.
     pub mounts: Vec<Mount>,
     /// Hidden from the container: files by `/dev/null`, directories by an empty read-only tmpfs.
@@ -34,6 +37,7 @@ pub struct ContainerSpec {
     pub device_rules: Vec<DeviceRule>,
     /// To be let go of by [`Request::ReleaseDisk`](crate::Request::ReleaseDisk), whether the container can be made or not.
     pub disks: Vec<Disk>,
+    pub hooks: Option<Box<Hooks>>,
     /// The first process.
     pub process: ProcessSpec,
 }
@@ -70,6 +74,17 @@ pub enum Namespace {
     Uts,
     Network,
     Cgroup,
+    /// Entered by the exec.
+    Time,
+}
+
+/// How far a clock of a time namespace is ahead of the guest's (`time_namespaces(7)`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TimeOffset {
+    /// `CLOCK_MONOTONIC` or `CLOCK_BOOTTIME`.
+    pub clock: u32,
+    pub seconds: i64,
+    pub nanoseconds: u32,
 }
 
 /// One process of a container.

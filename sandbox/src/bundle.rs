@@ -6,6 +6,7 @@
 //! `docs/oci.md` has the table of all fields.
 
 mod devices;
+mod hooks;
 mod namespaces;
 mod pod_mounts;
 mod process;
@@ -34,14 +35,11 @@ const MAX_CONFIG: u64 = 4 << 20;
 
 /// Fields that are refused unless empty, in JSON's own paths. Everything here either confines the container or
 /// changes what its processes meet.
-const REFUSED: [&str; 20] = [
-    "/hooks/createContainer",
+const REFUSED: [&str; 16] = [
     "/hooks/createRuntime",
     "/hooks/poststart",
     "/hooks/poststop",
     "/hooks/prestart",
-    "/hooks/startContainer",
-    "/hooks",
     "/solaris",
     "/windows",
     "/vm",
@@ -53,7 +51,6 @@ const REFUSED: [&str; 20] = [
     "/linux/netDevices",
     "/linux/seccomp/listenerMetadata",
     "/linux/seccomp/listenerPath",
-    "/linux/timeOffsets",
     "/linux/uidMappings",
 ];
 /// The objects whose fields are looked at by name.
@@ -134,6 +131,7 @@ fn read_bundle(name: &str, directory: &Path, pod: Option<&PodNamespaces>) -> Res
     let spec: Spec = serde_json::from_slice(&json).map_err(failed)?;
     check(&raw)?;
     let (mut container, disks) = container_spec(name, &spec, pod)?;
+    container.hooks = hooks::read(name, directory, &spec)?;
     container.resources = resources::read(raw.pointer("/linux/resources").unwrap_or(&Value::Null))?;
     let root = spec.root().as_ref().ok_or(BundleError::Missing("root"))?;
     let mut container =
@@ -230,6 +228,7 @@ fn container_spec(
         return Err(unsupported("linux.rootfsPropagation", propagation));
     }
     let namespaces = namespaces::read(linux.namespaces().as_deref().unwrap_or_default(), pod)?;
+    let time_offsets = namespaces::time_offsets(linux.time_offsets().as_ref(), &namespaces.own)?;
     let has_uts = namespaces.own.contains(&Namespace::Uts) || pod.is_some();
     if spec.hostname().is_some() && !has_uts {
         return Err(invalid("hostname", "needs a namespace of type uts"));
@@ -253,6 +252,7 @@ fn container_spec(
         hostname: spec.hostname().clone().filter(|name| !name.is_empty() && !namespaces.joins_uts),
         domainname,
         namespaces: namespaces.own,
+        time_offsets,
         masked_paths: linux.masked_paths().clone().unwrap_or_default(),
         readonly_paths: linux.readonly_paths().clone().unwrap_or_default(),
         sysctls,

@@ -8,6 +8,7 @@ pub mod agent;
 pub mod attempt;
 pub mod containerd;
 pub mod cri;
+pub mod dice;
 pub mod disk_image;
 pub mod guest;
 pub mod image;

@@ -16,15 +16,18 @@ pub(crate) struct Child {
     pub(crate) pidfd: OwnedFd,
 }
 
-/// Forks, the child being in new `namespaces` and in `cgroup` from its first instruction on. `None` is returned to
-/// the child. The agent has one thread, so the child may go on as if nothing had happened.
-pub(crate) fn fork_into(namespaces: CloneFlags, cgroup: BorrowedFd<'_>) -> nix::Result<Option<Child>> {
+/// Forks, the child being in new `namespaces` and in `cgroup`, if it is to be in another, from its first instruction on.
+/// `None` is returned to the child. The agent has one thread, so the child may go on as if nothing had happened.
+pub(crate) fn fork_into(
+    namespaces: CloneFlags,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> nix::Result<Option<Child>> {
     /// `linux/sched.h`; libc's constant of the name is too narrow for it.
     const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
     let mut pidfd: RawFd = -1;
     let flags = namespaces.bits() | libc::CLONE_PIDFD;
     let arguments = libc::clone_args {
-        flags: u64::from(flags.cast_unsigned()) | CLONE_INTO_CGROUP,
+        flags: u64::from(flags.cast_unsigned()) | cgroup.map_or(0, |_| CLONE_INTO_CGROUP),
         pidfd: (&raw mut pidfd).addr() as u64,
         child_tid: 0,
         parent_tid: 0,
@@ -34,7 +37,7 @@ pub(crate) fn fork_into(namespaces: CloneFlags, cgroup: BorrowedFd<'_>) -> nix::
         tls: 0,
         set_tid: 0,
         set_tid_size: 0,
-        cgroup: u64::from(cgroup.as_raw_fd().cast_unsigned()),
+        cgroup: cgroup.map_or(0, |cgroup| u64::from(cgroup.as_raw_fd().cast_unsigned())),
     };
     // SAFETY: the structure is whole and `pidfd` outlives the call. Without CLONE_VM the child has its own copy of
     // the memory and continues on the same stack, as after fork.

@@ -1,9 +1,10 @@
 //! `linux.namespaces` of a configuration: which a container gets of its own in the guest. Pure.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 
-use krx_proto::Namespace;
-use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType};
+use krx_proto::{Namespace, TimeOffset};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, LinuxTimeOffset};
 
 use super::{BundleError, invalid, unsupported};
 
@@ -52,10 +53,10 @@ pub(super) fn read(
         let is_sandbox = pod.is_some_and(|pod| pod.is_sandbox);
         match namespace.typ() {
             Type::User => return Err(unsupported(field("type"), "user namespaces")),
-            Type::Time => return Err(unsupported(field("type"), "time namespaces")),
             // A mount namespace is always made; the network is the VM's, in which nothing else runs.
             Type::Mount | Type::Network => {}
             Type::Cgroup => found.own.push(Namespace::Cgroup),
+            Type::Time => found.own.push(Namespace::Time),
             Type::Pid if !joins => found.own.push(Namespace::Pid),
             Type::Ipc if !joins && !is_sandbox => found.own.push(Namespace::Ipc),
             Type::Uts if !joins && !is_sandbox => found.own.push(Namespace::Uts),
@@ -75,6 +76,33 @@ pub(super) fn read(
         return Err(unsupported(FIELD, "the host's IPC (hostIPC): a namespace of type ipc is missing"));
     }
     Ok(found)
+}
+
+/// `linux.timeOffsets`, for the container's own clocks.
+pub(super) fn time_offsets(
+    wanted: Option<&HashMap<String, LinuxTimeOffset>>,
+    own: &[Namespace],
+) -> Result<Vec<TimeOffset>, BundleError> {
+    const FIELD: &str = "linux.timeOffsets";
+    const NANOSECONDS: u32 = 1_000_000_000;
+    let mut offsets = Vec::new();
+    for (name, offset) in wanted.into_iter().flatten() {
+        let clock = match name.as_str() {
+            "monotonic" => 1,
+            "boottime" => 7,
+            _ => return Err(invalid(format!("{FIELD}.{name}"), "is neither monotonic nor boottime")),
+        };
+        let nanoseconds = offset.nanosecs().unwrap_or(0);
+        if nanoseconds >= NANOSECONDS {
+            return Err(invalid(format!("{FIELD}.{name}.nanosecs"), "has to be less than a second"));
+        }
+        offsets.push(TimeOffset { clock, seconds: offset.secs().unwrap_or(0), nanoseconds });
+    }
+    if !offsets.is_empty() && !own.contains(&Namespace::Time) {
+        return Err(invalid(FIELD, "needs a namespace of type time"));
+    }
+    offsets.sort_unstable_by_key(|offset| offset.clock);
+    Ok(offsets)
 }
 
 #[cfg(test)]
@@ -101,6 +129,29 @@ mod tests {
         assert_eq!(read_json(json!([]), None).unwrap().own, []);
     }
 
+    #[test]
+    fn clocks_are_ahead_or_behind() {
+        let read = |offsets: Value| {
+            time_offsets(Some(&serde_json::from_value(offsets).unwrap()), &[Namespace::Time])
+        };
+        let read_all = read(json!({"boottime": {"secs": 7}, "monotonic": {"secs": -1, "nanosecs": 5}}));
+        let expected = [(1, -1, 5), (7, 7, 0)];
+        let expected =
+            expected.map(|(clock, seconds, nanoseconds)| TimeOffset { clock, seconds, nanoseconds });
+        assert_eq!(read_all.unwrap(), expected);
+        for (bad, word) in [
+            (json!({"realtime": {"secs": 1}}), "realtime"),
+            (json!({"monotonic": {"nanosecs": 1_000_000_000}}), "nanosecs"),
+        ] {
+            let error = read(bad).unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        }
+        let offsets = serde_json::from_value(json!({"monotonic": {"secs": 1}})).unwrap();
+        assert!(time_offsets(Some(&offsets), &[Namespace::Pid]).is_err());
+        assert_eq!(time_offsets(None, &[]).unwrap(), []);
+        assert_eq!(read_json(json!([{"type": "time"}]), None).unwrap().own, [Namespace::Time]);
+    }
+
     /// What containerd's CRI plugin writes for the sandbox, a container, and one that shares its processes.
     #[test]
     fn a_pod_s_namespaces_are_the_guest_s() {
@@ -125,7 +176,7 @@ mod tests {
             (with(json!({"type": "mount", "path": "/proc/7/ns/ipc"})), "[2].path"),
             (with(json!({"type": "cgroup", "path": "/proc/7/ns/ipc"})), "[2].path"),
             (with(json!({"type": "user"})), "[2].type"),
-            (with(json!({"type": "time"})), "[2].type"),
+            (with(json!({"type": "time", "path": "/proc/7/ns/time"})), "[2].path"),
             (with(json!({"type": "ipc"})), "[2].type"),
         ] {
             let error = read_json(wanted, Some(&pod(false))).unwrap_err().to_string();

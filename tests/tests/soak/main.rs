@@ -3,7 +3,6 @@
 //!
 //! `KRX_SOAK=1` does everything some ten times as long, `KRX_SEED=N` repeats a run's random choices.
 
-mod dice;
 mod scarcity;
 mod storm;
 

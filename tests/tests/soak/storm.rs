@@ -14,8 +14,8 @@ use tests::cri::messages::{CONTAINER_RUNNING, Empty};
 use tests::cri::pod::PodPlan;
 use tests::pod::{finish, until};
 
-use crate::dice::Dice;
 use crate::{assert_clean, at_length};
+use tests::dice::Dice;
 
 /// Pods come and go, ten at a time; in short, an eighth of them.
 pub(crate) fn by_the_dozen(engine: &Engine) {

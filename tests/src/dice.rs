@@ -4,28 +4,30 @@ use std::time::Duration;
 
 /// Xorshift, 64 bits (Marsaglia, 2003): no more is asked of it than that choices differ.
 #[derive(Debug)]
-pub(crate) struct Dice(u64);
+pub struct Dice(u64);
 
 impl Dice {
     /// By `KRX_SEED`, else always the same; says which.
-    pub(crate) fn new() -> Self {
+    #[must_use]
+    #[allow(clippy::new_without_default, reason = "it says something")]
+    pub fn new() -> Self {
         let seed = std::env::var("KRX_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(2_463_534_242);
         println!("    KRX_SEED={seed}");
         Self(seed | 1)
     }
 
-    pub(crate) fn below(&mut self, limit: u64) -> u64 {
+    pub fn below(&mut self, limit: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         (self.0 >> 16) % limit
     }
 
-    pub(crate) fn index(&mut self, length: usize) -> usize {
+    pub fn index(&mut self, length: usize) -> usize {
         usize::try_from(self.below(length as u64)).unwrap_or(0)
     }
 
-    pub(crate) fn moment(&mut self, longest: Duration) -> Duration {
+    pub fn moment(&mut self, longest: Duration) -> Duration {
         Duration::from_millis(self.below(u64::try_from(longest.as_millis()).unwrap_or(u64::MAX).max(1)))
     }
 }
