@@ -4,7 +4,7 @@
 //! makes the VM for such, within the node's [`settings`], the files of later ones being put into its [`share`]: it takes a
 //! name ([`state_dir`]), finds what to boot ([`artifacts`]), spawns the VMM ([`vmm_process`]) with the interfaces of its
 //! [`network`], and talks to the agent in the guest ([`agent`]). Its verbs are create, start, exec, kill, delete and wait; a
-//! [`process::Process`] is what they act on, and [`streams`] carry its bytes. The volumes that the kubelet changes
+//! [`process::Process`] is what they act on, and [`streams`] carry its bytes. Those whose owner nobody sees are [`detached`]. The volumes that the kubelet changes
 //! meanwhile are [`live_volumes`].
 //!
 //! Knows neither command lines nor containerd, and nothing of how a VM works inside.
@@ -19,6 +19,7 @@ pub mod cgroup_child;
 pub mod container;
 pub mod control;
 pub mod default_spec;
+pub mod detached;
 pub mod disks;
 mod image_file;
 pub mod live_volumes;

@@ -3,11 +3,13 @@
 //! Whoever holds the lock of `NAME/lock` owns the name. The VMM inherits the locked descriptor, so the lock is free
 //! exactly when owner and VMM are both gone: a directory whose lock can be taken is stale, and the next command
 //! removes it. Nothing here is removed recursively: below `share/` lie other people's files.
+//! What is kept of containers beyond their pods is not here: see [`crate::detached`].
 
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use std::{env, process, thread};
@@ -19,18 +21,20 @@ use nix::sys::signal::kill;
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
+use crate::detached::Records;
+
 /// Where all pods' directories lie, unless `KRX_STATE_DIR` says otherwise.
 const DEFAULT_ROOT: &str = "/run/krx";
-const LOCK: &str = "lock";
+pub(crate) const LOCK: &str = "lock";
 const STATE: &str = "state.json";
 /// `sun_path` of a unix socket address holds 108 bytes, the last one zero (unix(7)).
-const MAX_SOCKET_PATH: usize = 107;
+pub(crate) const MAX_SOCKET_PATH: usize = 107;
 /// How long a name stays taken after its owner was killed: the VMM sees the owner's end and stops the guest.
 const VMM_AFTERLIFE: Duration = Duration::from_secs(3);
 /// How long a held lock is looked at again: another command may hold it just to clean up.
-const CLEANING: Duration = Duration::from_millis(50);
+pub(crate) const CLEANING: Duration = Duration::from_millis(50);
 /// Largest `state.json` read: more cannot be one of ours.
-const MAX_STATE: u64 = 8 << 20;
+pub(crate) const MAX_STATE: u64 = 8 << 20;
 
 /// Why a state directory could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +47,14 @@ pub enum StateError {
     InUse { name: String, holder: u32 },
     #[error("No pod named {0} is running. `krx ps` lists those that are")]
     NotFound(String),
+    #[error(
+        "The name {0} is taken by a container that has ended. Choose another --name, or remove what is left of it with `krx rm {0}`"
+    )]
+    Kept(String),
+    #[error(
+        "No container named {0} was started by `krx run -d`. `krx ps -a` lists those that run and those that have ended"
+    )]
+    NoRecord(String),
     #[error("Pod {0} is still starting. Try again when its container runs")]
     Starting(String),
     #[error(
@@ -83,6 +95,11 @@ pub struct PodContainer {
     /// Its first process; `krx exec` starts from its environment, user and capabilities.
     pub process: ProcessSpec,
     pub exec: ExecBase,
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// Its owner is a process of its own, and what it writes goes to a log.
+    #[serde(default)]
+    pub detached: bool,
 }
 
 /// What a further process of another user than the first one's starts from.
@@ -167,7 +184,7 @@ impl PodPaths {
 }
 
 /// What became of an attempt to take a directory's lock.
-enum Attempt {
+pub(crate) enum Attempt {
     Taken(Flock<File>),
     Held(u32),
     /// The directory or the lock file was removed meanwhile.
@@ -184,6 +201,21 @@ impl StateRoot {
     #[must_use]
     pub fn at(path: &Path) -> Self {
         Self(path.into())
+    }
+
+    /// The same directory, wherever this process goes.
+    ///
+    /// # Errors
+    /// There is no current directory.
+    pub fn absolute(&self) -> Result<Self, StateError> {
+        let failed = |source| StateError::Io { path: self.0.clone(), source };
+        std::path::absolute(&self.0).map(Self).map_err(failed)
+    }
+
+    /// What is kept of detached containers.
+    #[must_use]
+    pub fn records(&self) -> Records {
+        Records::below(&self.0)
     }
 
     /// Where what is known of the host is kept. Not the name of a pod.
@@ -345,10 +377,11 @@ fn examine(path: &Path) -> Result<Option<Listed>, StateError> {
     Ok(Some(Listed { name, owner_pid, state }))
 }
 
-fn try_lock(directory: &Path, create: bool) -> io::Result<Attempt> {
+pub(crate) fn try_lock(directory: &Path, create: bool) -> io::Result<Attempt> {
     let path = directory.join(LOCK);
-    let mut file = match OpenOptions::new().read(true).write(true).create(create).truncate(false).open(&path)
-    {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(create).truncate(false).mode(0o600);
+    let mut file = match options.open(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Attempt::Gone),
         opened => opened?,
     };
@@ -376,15 +409,15 @@ fn same(a: &fs::Metadata, b: &fs::Metadata) -> bool {
 }
 
 /// Whether a process with this PID exists. PID 0 stands for a holder that has not written its own yet.
-fn alive(pid: u32) -> bool {
+pub(crate) fn alive(pid: u32) -> bool {
     match i32::try_from(pid) {
         Ok(pid) if pid > 0 => kill(Pid::from_raw(pid), None) != Err(Errno::ESRCH),
         _ => true,
     }
 }
 
-/// Removes a pod's directory, whose lock the caller holds; the lock file goes last.
-fn remove(path: &Path) {
+/// Removes a directory, whose lock the caller holds; the lock file goes last.
+pub(crate) fn remove(path: &Path) {
     clear(path, &[LOCK]);
     let _ = fs::remove_file(path.join(LOCK));
     // Fails, rightly, when someone has made a new lock file meanwhile.
@@ -393,7 +426,7 @@ fn remove(path: &Path) {
 
 /// Removes the entries of a directory but `keep`: files by unlink, directories only if empty. A mount that should
 /// never be seen here would otherwise have its files deleted.
-fn clear(path: &Path, keep: &[&str]) {
+pub(crate) fn clear(path: &Path, keep: &[&str]) {
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
         if keep.iter().any(|name| entry.file_name() == **name) {
             continue;
@@ -433,6 +466,8 @@ mod tests {
                 rootfs: "/r".into(),
                 process: ProcessSpec::default(),
                 exec: ExecBase::default(),
+                labels: BTreeMap::new(),
+                detached: false,
             }),
         }
     }

@@ -50,6 +50,13 @@ pub(crate) fn fork_into(cgroup: BorrowedFd<'_>) -> nix::Result<Option<Pid>> {
     Ok((pid != 0).then(|| Pid::from_raw(pid)))
 }
 
+/// Has all descriptors from `first` on closed at the next exec.
+pub(crate) fn close_at_exec(first: u32) -> nix::Result<()> {
+    // SAFETY: close_range(2) with CLOSE_RANGE_CLOEXEC takes three numbers and closes nothing now.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    Errno::result(result).map(drop)
+}
+
 /// Commands of bpf(2), and types of maps, programs and attachments (`linux/bpf.h`).
 const MAP_CREATE: i32 = 0;
 const MAP_UPDATE: i32 = 2;
