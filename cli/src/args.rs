@@ -28,14 +28,24 @@ pub(crate) enum Command {
     Exec(Exec),
     /// Prints the log of the kernel in a running pod
     Console(Console),
+    /// Prints the output of a detached container
+    Logs(Logs),
+    /// Shows the output of a detached container as it comes, and types into it
+    Attach(Attach),
+    /// Waits for the end of detached containers and prints their exit codes
+    Wait(Wait),
     /// Lists running pods
     Ps(Ps),
     /// Shows what running pods use
     Stats(StatsOptions),
-    /// Prints what is known of a running pod, as JSON
+    /// Prints what is known of a pod, as JSON
     Inspect(Inspect),
+    /// Ends pods: by SIGTERM, and by SIGKILL after a while
+    Stop(Stop),
     /// Sends a signal to the first process of a pod
     Kill(Kill),
+    /// Removes what is left of detached containers
+    Rm(Rm),
     /// Checks whether this host can run micro-VMs
     Doctor(Doctor),
     /// Prints the completions of a shell
@@ -104,6 +114,18 @@ pub(crate) struct Run {
     /// Name of the pod
     #[arg(long, value_name = "NAME")]
     pub(crate) name: Option<String>,
+    /// Runs it in the background and prints its name
+    #[arg(short, long, conflicts_with_all = ["console", "timings"])]
+    pub(crate) detach: bool,
+    /// With -d: leaves nothing after the end
+    #[arg(long)]
+    pub(crate) rm: bool,
+    /// Label, for `krx ps --filter` and `krx inspect`
+    #[arg(short, long = "label", value_name = "KEY[=VALUE]")]
+    pub(crate) labels: Vec<String>,
+    /// This process is what `krx run -d` starts
+    #[arg(long, hide = true, requires = "detach")]
+    pub(crate) owner: bool,
     /// File of the network namespace whose interfaces the pod gets (no network unless given)
     #[arg(long, value_name = "FILE")]
     pub(crate) netns: Option<PathBuf>,
@@ -152,7 +174,70 @@ pub(crate) struct Console {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct Logs {
+    /// Goes on with what is written, until the container ends
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+    /// The last lines only
+    #[arg(short = 'n', long, value_name = "N")]
+    pub(crate) tail: Option<usize>,
+    /// When each line was written
+    #[arg(short, long)]
+    pub(crate) timestamps: bool,
+    /// Name of the pod
+    pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Attach {
+    /// Types nothing into it
+    #[arg(long)]
+    pub(crate) no_stdin: bool,
+    /// Whether signals are passed on to the container
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = true, default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub(crate) sig_proxy: bool,
+    /// Name of the pod
+    pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Wait {
+    /// Names of pods
+    #[arg(required = true, value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Rm {
+    /// Kills those that run
+    #[arg(short, long)]
+    pub(crate) force: bool,
+    /// Names of pods
+    #[arg(required = true, value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Stop {
+    /// Seconds until SIGKILL
+    #[arg(short, long, default_value_t = 10, value_name = "SECONDS")]
+    pub(crate) time: u32,
+    /// Names of pods
+    #[arg(required = true, value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct Ps {
+    /// Those that have ended, too, and how
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// Names only
+    #[arg(short, long, conflicts_with = "json")]
+    pub(crate) quiet: bool,
+    /// Only those that fit: label=KEY[=VALUE], name=PART, status=running|starting|exited|dead
+    #[arg(short, long = "filter", value_name = "KEY=VALUE")]
+    pub(crate) filters: Vec<String>,
     /// Prints JSON, one array of objects
     #[arg(long)]
     pub(crate) json: bool,

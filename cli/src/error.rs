@@ -9,6 +9,7 @@ use krx_sandbox::agent::CallError;
 use krx_sandbox::artifacts::ArtifactError;
 use krx_sandbox::bundle::BundleError;
 use krx_sandbox::container::ContainerError;
+use krx_sandbox::detached::attachment::AttachError;
 use krx_sandbox::pod::PodError;
 use krx_sandbox::pod_containers::MemberError;
 use krx_sandbox::preflight::PreflightError;
@@ -81,6 +82,31 @@ pub(crate) enum LookupError {
     Log(#[source] VmmError),
     #[error("Standard output cannot be written")]
     Output(#[source] std::io::Error),
+    #[error(transparent)]
+    Detached(#[from] DetachedError),
+}
+
+/// Why a detached container is not to be had.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DetachedError {
+    #[error("The process that was to own the container was killed")]
+    OwnerKilled,
+    #[error(
+        "Container {name} is {status}: `krx logs {name}` shows what it has written, `krx rm {name}` removes it"
+    )]
+    Over { name: String, status: String },
+    #[error("Container {0} runs: end it first with `krx stop {0}`, or remove it with `krx rm -f {0}`")]
+    Runs(String),
+    #[error(
+        "Pod {0} was not started by `krx run -d`: whoever started it has its output, and nothing stays of it"
+    )]
+    NotDetached(String),
+    #[error("Pod {0} does not end. Look at process {1}, which owns it")]
+    Stays(String, u32),
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    #[error("The log of container {0} cannot be read")]
+    Log(String, #[source] std::io::Error),
 }
 
 impl From<BundleError> for CliError {
@@ -103,6 +129,12 @@ impl From<PreflightError> for CliError {
 
 impl From<MemberError> for CliError {
     fn from(error: MemberError) -> Self {
+        Self::Lookup(error.into())
+    }
+}
+
+impl From<DetachedError> for CliError {
+    fn from(error: DetachedError) -> Self {
         Self::Lookup(error.into())
     }
 }

@@ -5,10 +5,15 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod attach;
 mod confinement;
+mod detach;
 mod doctor;
+mod end;
 mod error;
 mod image;
+mod list;
+mod logs;
 mod pages;
 mod parse;
 mod pods;
@@ -44,9 +49,14 @@ fn command(command: &Command) -> u8 {
         Command::Run(arguments) => run::run(arguments),
         Command::Exec(arguments) => pods::exec(arguments),
         Command::Console(arguments) => pods::console(arguments),
-        Command::Ps(arguments) => pods::ps(arguments),
+        Command::Logs(arguments) => logs::logs(arguments),
+        Command::Attach(arguments) => attach::attach(arguments),
+        Command::Wait(arguments) => attach::wait(arguments),
+        Command::Ps(arguments) => list::ps(arguments),
         Command::Stats(arguments) => stats::stats(arguments),
         Command::Inspect(arguments) => stats::inspect(arguments),
+        Command::Stop(arguments) => end::stop(arguments),
+        Command::Rm(arguments) => end::rm(arguments),
         Command::Kill(arguments) => pods::kill(arguments),
         Command::Completions(arguments) => pages::completions(arguments),
         Command::Man(arguments) => pages::man(arguments),

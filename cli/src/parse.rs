@@ -80,6 +80,19 @@ pub(crate) fn variable(
     Ok(own(name).map(|value| format!("{name}={value}")))
 }
 
+/// A label: `KEY=VALUE`, or `KEY` for an empty value.
+pub(crate) fn label(text: &str) -> Result<(String, String), CliError> {
+    /// They are in each listing.
+    const MAX_LABEL: usize = 4096;
+    let (key, value) = text.split_once('=').unwrap_or((text, ""));
+    if key.is_empty() || text.len() > MAX_LABEL || text.contains(char::is_control) {
+        return usage(format!(
+            "Label `{text:.64}` cannot be: give KEY=VALUE, {MAX_LABEL} bytes at most, without control characters"
+        ));
+    }
+    Ok((key.into(), value.into()))
+}
+
 /// Puts `variable` in the place of an earlier one with its name.
 pub(crate) fn set_variable(env: &mut Vec<String>, variable: String) {
     let name = variable.split_once('=').map_or(&*variable, |(name, _)| name);
@@ -130,6 +143,17 @@ mod tests {
         }
         for bad in ["", "0", "65", "-9", "NONE"] {
             assert!(signal(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn labels_have_keys() {
+        let own = |key: &str, value: &str| (key.to_string(), value.to_string());
+        assert_eq!(label("a.b/c=d=e").unwrap(), own("a.b/c", "d=e"));
+        assert_eq!(label("alone").unwrap(), own("alone", ""));
+        let long = "x".repeat(4097);
+        for bad in ["", "=x", "a=\n", "a\u{1b}", &long] {
+            assert!(label(bad).is_err(), "{bad}");
         }
     }
 

@@ -1,28 +1,27 @@
-//! `krx exec`, `krx console`, `krx ps` and `krx kill`: what is done with a pod of somebody else.
+//! `krx exec`, `krx console` and `krx kill`: what is done with a pod of somebody else.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use krx_proto::ProcessSpec;
 use krx_sandbox::agent::AgentClient;
 use krx_sandbox::control;
 use krx_sandbox::pod_containers::{self, PodMember};
 use krx_sandbox::process::Process;
-use krx_sandbox::state_dir::{ExecBase, Listed, PodContainer, PodPaths, PodState, StateRoot};
+use krx_sandbox::state_dir::{ExecBase, PodContainer, PodPaths, PodState, StateRoot};
 use krx_sandbox::timings::Timings;
 use nix::sys::signal::Signal;
 
-use crate::args::{Console, Exec, Kill, Ps};
+use crate::args::{Console, Exec, Kill};
 use crate::error::{CliError, LookupError};
 use crate::parse;
 use crate::process::attend;
 use crate::signals::Signals;
 
 pub(crate) fn exec(arguments: &Exec) -> Result<u8, CliError> {
-    arguments.process.check()?;
+    arguments.process.check(true)?;
     let (paths, state) = StateRoot::from_env().open(&arguments.name)?;
     let (container, rootfs, mut spec) = base(arguments, &paths, &state)?;
     spec.args.clone_from(&arguments.command);
@@ -76,23 +75,25 @@ pub(crate) fn console(arguments: &Console) -> Result<u8, CliError> {
 }
 
 pub(crate) fn kill(arguments: &Kill) -> Result<u8, CliError> {
-    let signal = parse::signal(&arguments.signal)?;
-    let (paths, state) = StateRoot::from_env().open(&arguments.name)?;
+    signal(&StateRoot::from_env(), &arguments.name, parse::signal(&arguments.signal)?)?;
+    Ok(0)
+}
+
+/// Sends a signal to the first process of a pod of `krx run`.
+pub(crate) fn signal(root: &StateRoot, name: &str, signal: i32) -> Result<(), CliError> {
+    let (paths, state) = root.open(name)?;
     let killed = own(&state)
         .and_then(|container| named(&paths, &container.id, ""))
         .and_then(|process| Ok(process.kill(signal)?));
     match killed {
         // A guest that does not do what it is told ends with its VM, and so with its process.
-        Err(error) if signal == Signal::SIGKILL as i32 && !error.is_answer() => {
-            StateRoot::from_env().kill_vmm(&arguments.name)?;
-        }
-        killed => killed?,
+        Err(error) if signal == Signal::SIGKILL as i32 && !error.is_answer() => Ok(root.kill_vmm(name)?),
+        killed => killed,
     }
-    Ok(0)
 }
 
 /// The pod's container, where it is one of `krx run`.
-fn own(state: &PodState) -> Result<&PodContainer, CliError> {
+pub(crate) fn own(state: &PodState) -> Result<&PodContainer, CliError> {
     let containerds = || {
         let name = &state.name;
         CliError::Usage(format!(
@@ -102,37 +103,9 @@ fn own(state: &PodState) -> Result<&PodContainer, CliError> {
     state.container.as_ref().ok_or_else(containerds)
 }
 
-fn named(paths: &PodPaths, container: &str, name: &str) -> Result<Process, CliError> {
+pub(crate) fn named(paths: &PodPaths, container: &str, name: &str) -> Result<Process, CliError> {
     let agent = Arc::new(AgentClient::connect(&paths.vsock())?);
     Ok(Process::new(agent, paths.vsock(), container, name))
-}
-
-pub(crate) fn ps(arguments: &Ps) -> Result<u8, CliError> {
-    let pods = StateRoot::from_env().list()?;
-    if arguments.json {
-        let states: Vec<_> = pods.iter().filter_map(|pod| pod.state.as_ref()).map(public).collect();
-        return print(&format!("{}\n", serde_json::Value::from(states)));
-    }
-    let mut table =
-        format!("{:<24} {:>8} {:>5} {:>8} {:>8}  COMMAND\n", "NAME", "VMM", "CPUS", "MEMORY", "AGE");
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-    for Listed { name, state, .. } in &pods {
-        table += &match state {
-            Some(state) => format!(
-                "{name:<24} {:>8} {:>5} {:>7}M {:>7}s  {}\n",
-                state.vmm_pid,
-                state.vcpus,
-                state.memory_mib,
-                now.saturating_sub(state.started),
-                state.container.as_ref().map_or_else(
-                    || "(of containerd)".into(),
-                    |container| container.process.args.join(" ").escape_debug().to_string()
-                )
-            ),
-            None => format!("{name:<24} {:>8} {:>5} {:>8} {:>8}  (starting)\n", "-", "-", "-", "-"),
-        };
-    }
-    print(&table)
 }
 
 /// Writes to standard output. A reader that has seen enough is no error.
@@ -141,18 +114,4 @@ pub(crate) fn print(text: &str) -> Result<u8, CliError> {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(LookupError::Output(error).into()),
         _ => Ok(0),
     }
-}
-
-/// A pod's state without its environment, which may hold secrets.
-pub(crate) fn public(state: &PodState) -> serde_json::Value {
-    serde_json::json!({
-        "name": state.name,
-        "owner_pid": state.owner_pid,
-        "vmm_pid": state.vmm_pid,
-        "started": state.started,
-        "vcpus": state.vcpus,
-        "memory_mib": state.memory_mib,
-        "rootfs": state.container.as_ref().map(|container| &container.rootfs),
-        "args": state.container.as_ref().map(|container| &container.process.args),
-    })
 }

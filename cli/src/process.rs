@@ -19,9 +19,9 @@ use crate::signals::Signals;
 use crate::{parse, terminal};
 
 impl ProcessOptions {
-    /// What can be said to be wrong before anything is looked at.
-    pub(crate) fn check(&self) -> Result<(), CliError> {
-        if self.tty && self.interactive && !terminal::is_terminal() {
+    /// What can be said to be wrong before anything is looked at. `here`: the process is to have the caller's streams.
+    pub(crate) fn check(&self, here: bool) -> Result<(), CliError> {
+        if here && self.tty && self.interactive && !terminal::is_terminal() {
             let text = "Standard input is not a terminal: leave out -t, or -i";
             return Err(CliError::Usage(text.into()));
         }

@@ -1,5 +1,6 @@
 //! `krx run`: a pod from its making to its end.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process;
@@ -7,10 +8,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use krx_image::ContainerRoot;
+use krx_proto::ProcessSpec;
 use krx_sandbox::artifacts::Artifacts;
 use krx_sandbox::container::{Container, ContainerError};
 use krx_sandbox::pod::{Pod, PodConfig, PodError};
 use krx_sandbox::preflight::Finding;
+use krx_sandbox::process::Process;
 use krx_sandbox::settings::{self, Settings};
 use krx_sandbox::state_dir::{ExecBase, PodContainer, StateRoot};
 use krx_sandbox::timings::Timings;
@@ -20,22 +23,94 @@ use krx_sandbox::{bundle, preflight};
 use crate::args::{Run, TimingsFormat};
 use crate::error::CliError;
 use crate::image::{self, Prepared};
-use crate::parse;
 use crate::process::attend;
 use crate::signals::Signals;
+use crate::{detach, parse};
 
 pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
+    match (arguments.detach, arguments.owner) {
+        (true, false) => return detach::start(),
+        (true, true) => return detach::own(arguments),
+        (false, _) => {}
+    }
     let timings = Arc::new(Timings::default());
     timings.mark("krx main");
-    let Plan { config, mut container, exec, root: image } = plan(arguments)?;
     let root = StateRoot::from_env();
-    for Finding { what, meaning, remedy, .. } in preflight::check_start(&root, config.memory_mib)? {
-        eprintln!("krx: warning: {what}: {meaning}. {remedy}");
+    let name = arguments.name.clone().unwrap_or_else(|| format!("krx-{}", process::id()));
+    let plan = plan(arguments, &name)?;
+    if arguments.name.is_some() {
+        root.records().check_free(&name)?;
     }
+    check_host(&root, &plan)?;
     timings.mark("planned");
     let signals = Signals::watch()?;
+    let made = make(&root, plan, &signals, &timings)?;
+    let status = attend(&made.process, Some(made.pod.vmm()), &made.spec, &signals, &timings)
+        .map_err(|error| made.pod.explain(error, PodError::Start));
+    if arguments.timings.is_some() {
+        made.pod.collect_timings(&timings);
+    }
+    made.end(matches!(status, Err(PodError::Lost(_) | PodError::Broken(_))));
+    match arguments.timings {
+        Some(TimingsFormat::Table) => eprint!("{}", timings.table()),
+        Some(TimingsFormat::Json) => eprintln!("{}", timings.json()),
+        None => {}
+    }
+    match (status, signals.interrupted()) {
+        // It came when the VM was up and the process was not yet there to take it.
+        (Err(_), Some(signal)) => Err(CliError::Interrupted(signal)),
+        (status, _) => Ok(status?.shell_code()),
+    }
+}
+
+/// What is to be started.
+pub(crate) struct Plan {
+    config: PodConfig,
+    pub(crate) container: Container,
+    /// What a further process in the container starts from.
+    exec: ExecBase,
+    pub(crate) labels: BTreeMap<String, String>,
+    detached: bool,
+    /// The root file system, if it is an image's. Last, as it goes when nobody is in it.
+    root: Option<ContainerRoot>,
+}
+
+/// A pod with a process in it that waits to be started.
+pub(crate) struct Made {
+    pub(crate) pod: Pod,
+    pub(crate) process: Process,
+    pub(crate) spec: ProcessSpec,
+    /// See [`Plan`].
+    _root: Option<ContainerRoot>,
+}
+
+impl Made {
+    /// The end of the pod, in good order unless its guest is lost.
+    pub(crate) fn end(self, is_lost: bool) {
+        if !is_lost {
+            self.pod.delete();
+        }
+    }
+}
+
+/// Says what will not work on this host, or that nothing will.
+pub(crate) fn check_host(root: &StateRoot, plan: &Plan) -> Result<(), CliError> {
+    for Finding { what, meaning, remedy, .. } in preflight::check_start(root, plan.config.memory_mib)? {
+        eprintln!("krx: warning: {what}: {meaning}. {remedy}");
+    }
+    Ok(())
+}
+
+/// Makes the pod and its container, unless a signal comes in between.
+pub(crate) fn make(
+    root: &StateRoot,
+    plan: Plan,
+    signals: &Signals,
+    timings: &Timings,
+) -> Result<Made, CliError> {
+    let Plan { config, mut container, exec, labels, detached, root: image } = plan;
     let create = || -> Result<_, CliError> {
-        let pod = Pod::boot(&root, config, &timings, |vmm| signals.booting(vmm))?;
+        let pod = Pod::boot(root, config, timings, |vmm| signals.booting(vmm))?;
         if pod.network().is_some_and(|network| network.interfaces().next().is_none()) {
             eprintln!(
                 "krx: warning: the network namespace has no interface that is up but lo: the pod has no network"
@@ -50,6 +125,8 @@ pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
             rootfs: seen_by_all(container.rootfs(), image.is_some()),
             process: container.spec.process.clone(),
             exec,
+            labels,
+            detached,
         }))?;
         Ok((pod, process))
     };
@@ -57,34 +134,7 @@ pub(crate) fn run(arguments: &Run) -> Result<u8, CliError> {
         (_, Some(signal)) => return Err(CliError::Interrupted(signal)),
         (created, None) => created?,
     };
-    let status = attend(&process, Some(pod.vmm()), &container.spec.process, &signals, &timings)
-        .map_err(|error| pod.explain(error, PodError::Start));
-    if arguments.timings.is_some() {
-        pod.collect_timings(&timings);
-    }
-    if !matches!(status, Err(PodError::Lost(_) | PodError::Broken(_))) {
-        pod.delete();
-    }
-    match arguments.timings {
-        Some(TimingsFormat::Table) => eprint!("{}", timings.table()),
-        Some(TimingsFormat::Json) => eprintln!("{}", timings.json()),
-        None => {}
-    }
-    match (status, signals.interrupted()) {
-        // It came when the VM was up and the process was not yet there to take it.
-        (Err(_), Some(signal)) => Err(CliError::Interrupted(signal)),
-        (status, _) => Ok(status?.shell_code()),
-    }
-}
-
-/// What is to be started.
-struct Plan {
-    config: PodConfig,
-    container: Container,
-    /// What a further process in the container starts from.
-    exec: ExecBase,
-    /// The root file system, if it is an image's. Last, as it goes when nobody is in it.
-    root: Option<ContainerRoot>,
+    Ok(Made { pod, process, spec: container.spec.process, _root: image })
 }
 
 /// A directory as other processes find it: an image's is mounted for this one alone.
@@ -95,8 +145,8 @@ fn seen_by_all(rootfs: &Path, private: bool) -> PathBuf {
 }
 
 /// All that can be known to be right or wrong before anything is started.
-fn plan(arguments: &Run) -> Result<Plan, CliError> {
-    arguments.process.check()?;
+pub(crate) fn plan(arguments: &Run, name: &str) -> Result<Plan, CliError> {
+    arguments.process.check(!arguments.detach)?;
     if arguments.no_jail {
         eprintln!("krx: WARNING: --no-jail: a guest that takes over its VMM is root on this host");
     }
@@ -104,17 +154,17 @@ fn plan(arguments: &Run) -> Result<Plan, CliError> {
     let vm = &settings.vm;
     let memory = arguments.memory.as_deref().map_or(Ok(vm.memory), parse::memory)?;
     let (cpus, quota) = arguments.cpus.as_deref().map_or(Ok((vm.cpus, None)), parse::cpus)?;
-    let name = arguments.name.clone().unwrap_or_else(|| format!("krx-{}", process::id()));
-    if !krx_proto::validate_id(&name) {
+    let labels = arguments.labels.iter().map(|text| parse::label(text)).collect::<Result<_, _>>()?;
+    if !krx_proto::validate_id(name) {
         let form = "1 to 76 letters, digits, dots, dashes and underscores, the first a letter, a digit or an underscore";
         return Err(CliError::Usage(format!("Name `{name}` cannot be: give {form}")));
     }
-    let (mut container, exec, root) = container(arguments, &name)?;
+    let (mut container, exec, root) = container(arguments, name)?;
     if quota.is_some() {
         container.spec.resources.cpu_max = quota;
     }
     let config = PodConfig {
-        name,
+        name: name.into(),
         artifacts: Artifacts::find(arguments.kernel.as_deref(), &settings)?,
         vcpus: cpus.get().into(),
         memory_mib: memory.mib(),
@@ -126,7 +176,7 @@ fn plan(arguments: &Run) -> Result<Plan, CliError> {
         vhost_net: settings.vm.vhost_net,
         jail: !arguments.no_jail,
     };
-    Ok(Plan { config, container, exec, root })
+    Ok(Plan { config, container, exec, labels, detached: arguments.detach, root })
 }
 
 /// The container, what a further process in it starts from, and its root file system if that is an image's.
@@ -166,7 +216,7 @@ fn container(arguments: &Run, name: &str) -> Result<(Container, ExecBase, Option
     if arguments.bundle.is_some() && spec.process.terminal.is_some() && !options.tty {
         // The bundle's own wish, as far as there is a terminal to give.
         options.tty = true;
-        options.check()?;
+        options.check(!arguments.detach)?;
     }
     let exec = options.apply(&mut spec.process, &rootfs)?;
     if let Some(hostname) = &arguments.hostname {

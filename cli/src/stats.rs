@@ -2,12 +2,13 @@
 
 use krx_proto::{Answer, Request, Stats};
 use krx_sandbox::agent::{AgentClient, CallError};
-use krx_sandbox::state_dir::{PodPaths, PodState, StateRoot};
+use krx_sandbox::state_dir::{PodPaths, PodState, StateError, StateRoot};
 use serde_json::{Value, json};
 
 use crate::args::{Inspect, StatsOptions};
 use crate::error::{CliError, chain};
-use crate::pods::{print, public};
+use crate::list;
+use crate::pods::print;
 
 pub(crate) fn stats(arguments: &StatsOptions) -> Result<u8, CliError> {
     let root = StateRoot::from_env();
@@ -38,8 +39,19 @@ pub(crate) fn stats(arguments: &StatsOptions) -> Result<u8, CliError> {
 }
 
 pub(crate) fn inspect(arguments: &Inspect) -> Result<u8, CliError> {
-    let (paths, state) = StateRoot::from_env().open(&arguments.name)?;
-    let mut pod = public(&state);
+    let (root, name) = (StateRoot::from_env(), &arguments.name);
+    let kept = root.records().open(name);
+    let (paths, state) = match (root.open(name), &kept) {
+        // What is over has no pod, and what is not started no container.
+        (Err(StateError::NotFound(_) | StateError::Starting(_)), Ok(kept)) => {
+            return print_pretty(&list::of_record(kept));
+        }
+        (opened, _) => opened?,
+    };
+    let mut pod = list::of_pod(&state);
+    if let Ok(kept) = &kept {
+        pod["log"] = json!(kept.directory().join("log"));
+    }
     pod["state_dir"] = json!(paths.directory());
     if let Some(container) = &state.container {
         let process = &container.process;
@@ -57,7 +69,11 @@ pub(crate) fn inspect(arguments: &Inspect) -> Result<u8, CliError> {
     }
     // A guest that does not answer is looked at all the same.
     pod["stats"] = ask(&paths).map_or(Value::Null, |stats| figures(&state, &stats));
-    let text = serde_json::to_string_pretty(&pod).unwrap_or_default();
+    print_pretty(&pod)
+}
+
+fn print_pretty(value: &Value) -> Result<u8, CliError> {
+    let text = serde_json::to_string_pretty(value).unwrap_or_default();
     print(&format!("{text}\n"))
 }
 

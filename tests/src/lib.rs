@@ -17,6 +17,7 @@ pub mod pod;
 pub mod scratch;
 pub mod shim;
 pub mod systemd;
+pub mod terminal;
 
 use std::path::{Path, PathBuf};
 

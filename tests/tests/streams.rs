@@ -2,20 +2,18 @@
 
 #![allow(clippy::tests_outside_test_module, reason = "an integration test is one")]
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::thread;
 use std::time::Duration;
 
 use benches::resident;
-use nix::pty::{Winsize, openpty};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use sha2::{Digest, Sha256};
 use tests::pod::{Place, finish, until};
+use tests::terminal::Terminal;
 
 /// Bytes that differ from each other and from run to run of a pattern.
 fn noise(length: usize) -> Vec<u8> {
@@ -143,59 +141,6 @@ fn interrupt_is_forwarded() {
     }
 }
 
-/// A terminal with `krx` on it, as its session's leader.
-struct Terminal {
-    master: File,
-    krx: Child,
-}
-
-impl Terminal {
-    fn new(place: &Place, options: &[&str], command: &[&str]) -> Self {
-        Self::of(place, &place.run(options, command))
-    }
-
-    fn of(place: &Place, krx: &Command) -> Self {
-        let size = Winsize { ws_row: 33, ws_col: 99, ws_xpixel: 0, ws_ypixel: 0 };
-        let pty = openpty(Some(&size), None).expect("pty");
-        // setsid(1) makes the terminal the controlling one.
-        let mut on_terminal = Command::new("setsid");
-        on_terminal.args(["--ctty", "--wait"]).arg(krx.get_program()).args(krx.get_args());
-        on_terminal.env("KRX_STATE_DIR", place.state()).env("TERM", "xterm-256color");
-        let slave = |fd: &OwnedFd| Stdio::from(fd.try_clone().expect("clone"));
-        let krx =
-            on_terminal.stdin(slave(&pty.slave)).stdout(slave(&pty.slave)).stderr(slave(&pty.slave)).spawn();
-        Self { master: pty.master.into(), krx: krx.expect("setsid") }
-    }
-
-    fn type_in(&mut self, text: &str) {
-        self.master.write_all(text.as_bytes()).expect("terminal");
-    }
-
-    /// Reads until `word` was shown.
-    fn expect(&mut self, word: &str) -> String {
-        let mut seen = Vec::new();
-        let deadline = std::time::Instant::now() + Duration::from_secs(90);
-        while !String::from_utf8_lossy(&seen).contains(word) {
-            let left = deadline.saturating_duration_since(std::time::Instant::now());
-            let text = String::from_utf8_lossy(&seen).into_owned();
-            let fd =
-                nix::poll::PollFd::new(std::os::fd::AsFd::as_fd(&self.master), nix::poll::PollFlags::POLLIN);
-            let timeout = nix::poll::PollTimeout::try_from(left).unwrap_or(nix::poll::PollTimeout::MAX);
-            let ready = nix::poll::poll(&mut [fd], timeout).expect("poll");
-            assert!(ready > 0, "`{word}` did not appear in {text:?}");
-            let mut buffer = [0; 4096];
-            let read = self.master.read(&mut buffer).unwrap_or_else(|error| panic!("{error} after {text:?}"));
-            seen.extend_from_slice(&buffer[..read]);
-        }
-        String::from_utf8_lossy(&seen).into_owned()
-    }
-
-    fn end(mut self) -> i32 {
-        let status = until(Duration::from_secs(60), || self.krx.try_wait().expect("wait")).expect("krx ends");
-        status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default())
-    }
-}
-
 #[test]
 fn terminal_session_behaves() {
     let Some(place) = Place::new() else { return };
@@ -211,7 +156,7 @@ fn terminal_session_behaves() {
     terminal.type_in("\x03");
     terminal.type_in("echo still-$((40+2))\n");
     terminal.expect("still-42");
-    resize(&terminal.master, 50, 120);
+    terminal.resize(50, 120);
     thread::sleep(Duration::from_secs(1));
     terminal.type_in("stty size\n");
     terminal.expect("50 120");
@@ -268,15 +213,4 @@ fn terminal_option_without_a_terminal_is_refused() {
     let ended = finish(&mut place.run(&["-i", "-t"], &["true"]), b"");
     assert_eq!(ended.code, 125, "{ended:?}");
     assert!(ended.err.contains("terminal"), "{ended:?}");
-}
-
-fn resize(master: &File, rows: u16, columns: u16) {
-    // stty(1) sets the size and the kernel tells the foreground group of the terminal, which is krx.
-    let fd = master.try_clone().expect("clone");
-    debug_assert!(fd.as_raw_fd() > 2);
-    let status = Command::new("stty")
-        .args(["rows", &rows.to_string(), "cols", &columns.to_string()])
-        .stdin(Stdio::from(fd))
-        .status();
-    assert!(status.expect("stty").success());
 }
