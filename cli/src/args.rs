@@ -90,13 +90,13 @@ pub(crate) struct Run {
     #[arg(long, value_name = "IMAGE", conflicts_with_all = ["rootfs", "bundle"])]
     pub(crate) image: Option<String>,
     /// Program to run in the stead of the image's entrypoint and command
-    #[arg(long, value_name = "PROGRAM", requires = "image")]
+    #[arg(long, value_name = "PROGRAM", requires = "image", conflicts_with_all = ["rootfs", "bundle"])]
     pub(crate) entrypoint: Option<String>,
     /// CPUs, 0.01 to 8; with a fraction, of virtual ones by the next whole number [default: the settings', 1]
-    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub(crate) cpus: Option<String>,
     /// Memory of the VM: bytes, or a number with K, M, G or T [default: the settings', 256M]
-    #[arg(short, long, value_name = "SIZE", allow_hyphen_values = true)]
+    #[arg(short, long, value_name = "SIZE", allow_negative_numbers = true)]
     pub(crate) memory: Option<String>,
     #[command(flatten)]
     pub(crate) process: ProcessOptions,

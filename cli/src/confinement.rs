@@ -45,7 +45,7 @@ pub(crate) struct Confinement {
     #[arg(long, value_name = "CAPABILITY")]
     pub(crate) cap_drop: Vec<String>,
     /// Most processes in the container; -1 for no limit
-    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub(crate) pids_limit: Option<String>,
     /// Limit of a resource by its name in setrlimit(2), such as nofile=1024:4096; -1 for none
     #[arg(long = "ulimit", value_name = "NAME=SOFT[:HARD]")]

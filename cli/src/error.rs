@@ -10,6 +10,7 @@ use krx_sandbox::artifacts::ArtifactError;
 use krx_sandbox::bundle::BundleError;
 use krx_sandbox::container::ContainerError;
 use krx_sandbox::detached::attachment::AttachError;
+use krx_sandbox::exec_limits::ExecLimitError;
 use krx_sandbox::pod::PodError;
 use krx_sandbox::pod_containers::MemberError;
 use krx_sandbox::preflight::PreflightError;
@@ -115,6 +116,12 @@ impl From<BundleError> for CliError {
     }
 }
 
+impl From<ExecLimitError> for CliError {
+    fn from(error: ExecLimitError) -> Self {
+        Self::Usage(format!("Process cannot be run: {error}"))
+    }
+}
+
 impl From<SettingsError> for CliError {
     fn from(error: SettingsError) -> Self {
         Self::Node(error.into())
@@ -162,21 +169,42 @@ impl CliError {
     }
 }
 
-/// The error and all its causes, each on a line of its own and said once.
+/// The error and all its causes, each on a line of its own and said once. Some have words of strangers' in them, a bundle's or
+/// a guest's: without characters that mean something to a terminal, and not too many.
 pub(crate) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut said = text.clone();
+    let mut text = shown(&error.to_string());
+    let mut said = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
         let words = error.to_string();
         // A transparent error repeats its source's words.
         if words != said {
-            let _ = write!(text, "\n  because: {words}");
+            let _ = write!(text, "\n  because: {}", shown(&words));
         }
         said = words;
         cause = error.source();
     }
     text
+}
+
+fn shown(words: &str) -> String {
+    /// More than is kept of a VMM's last words, of which the last ones matter most.
+    const MOST: usize = 72 << 10;
+    const LINE: usize = 1024;
+    let mut shown = String::new();
+    let mut line = 0;
+    for character in words.chars() {
+        line = if character == '\n' { 0 } else { line + 1 };
+        match character {
+            _ if shown.len() > MOST => return shown + "...",
+            _ if line == LINE => shown.push_str("..."),
+            _ if line > LINE => {}
+            '\n' | '\t' => shown.push(character),
+            _ if character.is_control() => shown.extend(character.escape_default()),
+            _ => shown.push(character),
+        }
+    }
+    shown
 }
 
 #[cfg(test)]
@@ -190,6 +218,13 @@ mod tests {
         assert_eq!(code(ErrorKind::NotExecutable), 126);
         assert_eq!(code(ErrorKind::Failed), 125);
         assert_eq!(CliError::Interrupted(2).exit_code(), 130);
+    }
+
+    #[test]
+    fn words_of_strangers_do_nothing_to_a_terminal() {
+        let text = chain(&CliError::Usage(format!("\x1b[2J\u{9b}H{}\n\tend", "x".repeat(1 << 20))));
+        assert!(text.starts_with("\\u{1b}[2J\\u{9b}Hxxx") && text.ends_with("xxx...\n\tend"), "{text}");
+        assert!(text.len() < 1100 && shown(&"x\n".repeat(1 << 20)).len() < 73 << 10);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::fs;
 use clap::CommandFactory;
 
 use crate::args::{Cli, Completions, Man};
-use crate::error::{CliError, LookupError};
+use crate::error::CliError;
 use crate::pods::print;
 
 /// The name of the program, which its pages and completions are for.
@@ -18,9 +18,12 @@ pub(crate) fn completions(arguments: &Completions) -> Result<u8, CliError> {
 }
 
 pub(crate) fn man(arguments: &Man) -> Result<u8, CliError> {
-    fs::create_dir_all(&arguments.directory)
-        .and_then(|()| clap_mangen::generate_to(Cli::command(), &arguments.directory))
-        .map_err(LookupError::Output)?;
+    let directory = &arguments.directory;
+    let made =
+        fs::create_dir_all(directory).and_then(|()| clap_mangen::generate_to(Cli::command(), directory));
+    let failed =
+        |error| CliError::Usage(format!("Man pages cannot be written to {}: {error}", directory.display()));
+    made.map_err(failed)?;
     Ok(0)
 }
 

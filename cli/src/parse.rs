@@ -72,7 +72,9 @@ pub(crate) fn variable(
 ) -> Result<Option<String>, CliError> {
     let name = text.split_once('=').map_or(text, |(name, _)| name);
     if name.is_empty() || text.contains('\0') {
-        return usage(format!("Environment variable `{text}` has no name"));
+        return usage(format!(
+            "Environment variable `{text}` has no name or has a NUL in it: give NAME or NAME=VALUE"
+        ));
     }
     if text.contains('=') {
         return Ok(Some(text.into()));

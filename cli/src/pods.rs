@@ -8,6 +8,7 @@ use std::sync::Arc;
 use krx_proto::ProcessSpec;
 use krx_sandbox::agent::AgentClient;
 use krx_sandbox::control;
+use krx_sandbox::exec_limits;
 use krx_sandbox::pod_containers::{self, PodMember};
 use krx_sandbox::process::Process;
 use krx_sandbox::state_dir::{ExecBase, PodContainer, PodPaths, PodState, StateRoot};
@@ -26,6 +27,7 @@ pub(crate) fn exec(arguments: &Exec) -> Result<u8, CliError> {
     let (container, rootfs, mut spec) = base(arguments, &paths, &state)?;
     spec.args.clone_from(&arguments.command);
     arguments.process.apply(&mut spec, &rootfs)?;
+    exec_limits::check(&spec)?;
     let signals = Signals::watch()?;
     signals.own();
     // The PID makes it unique among this host's, which are all that talk to the pod.

@@ -26,7 +26,9 @@ impl ProcessOptions {
             return Err(CliError::Usage(text.into()));
         }
         if self.workdir.as_ref().is_some_and(|directory| !directory.starts_with('/')) {
-            return Err(CliError::Usage("Working directory is not an absolute path in the container".into()));
+            return Err(CliError::Usage(
+                "Working directory is not an absolute path in the container: begin it with /".into(),
+            ));
         }
         Ok(())
     }

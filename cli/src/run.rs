@@ -18,7 +18,7 @@ use krx_sandbox::settings::{self, Settings};
 use krx_sandbox::state_dir::{ExecBase, PodContainer, StateRoot};
 use krx_sandbox::timings::Timings;
 use krx_sandbox::volume::Volume;
-use krx_sandbox::{bundle, preflight};
+use krx_sandbox::{bundle, exec_limits, preflight};
 
 use crate::args::{Run, TimingsFormat};
 use crate::error::CliError;
@@ -219,6 +219,7 @@ fn container(arguments: &Run, name: &str) -> Result<(Container, ExecBase, Option
         options.check(!arguments.detach)?;
     }
     let exec = options.apply(&mut spec.process, &rootfs)?;
+    exec_limits::check(&spec.process)?;
     if let Some(hostname) = &arguments.hostname {
         spec.hostname = Some(parse::hostname(hostname)?);
     }

@@ -76,10 +76,12 @@ pub(crate) fn choose(blobs: &Blobs, reference: &Reference) -> Result<Chosen, Ima
         )));
     }
     let ids = configuration.rootfs().diff_ids();
-    if ids.len() != layers.len() || ids.len() > MAX_LAYERS {
-        let most = format!("of {MAX_LAYERS} at most");
-        let text =
-            format!("it has {} layers {most}, and its configuration tells of {}", layers.len(), ids.len());
+    if ids.len() != layers.len() {
+        let text = format!("it has {} layers, and its configuration tells of {}", layers.len(), ids.len());
+        return Err(ImageError::Unusable(text));
+    }
+    if layers.len() > MAX_LAYERS {
+        let text = format!("it has {} layers, and krx stacks {MAX_LAYERS} at most", layers.len());
         return Err(ImageError::Unusable(text));
     }
     let layers = layers.into_iter().zip(ids).map(|((name, digest), id)| {
@@ -189,6 +191,7 @@ fn unusable_digest(text: &str) -> ImageError {
 
 fn none(tag: Option<&str>, all: &str) -> ImageError {
     ImageError::Unusable(match tag {
+        Some(tag) if all.is_empty() => format!("there is none named {tag}, as none has a name: leave it out"),
         Some(tag) => format!("there is none named {tag}, but {}", shown(all)),
         None => "there is none in it".into(),
     })

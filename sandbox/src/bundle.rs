@@ -7,6 +7,7 @@
 
 mod devices;
 mod hooks;
+mod json;
 mod namespaces;
 mod pod_mounts;
 mod process;
@@ -23,7 +24,9 @@ use krx_proto::{ContainerSpec, Mount, Namespace, ProcessSpec, Resources, Seccomp
 use oci_spec::runtime::{Linux, Spec};
 use serde_json::Value;
 
+use self::json::Strict;
 use crate::container::{Container, ContainerError};
+use crate::default_spec::MAX_HOSTNAME;
 use crate::disks::HostDisk;
 use crate::image_file;
 use crate::volume::destination;
@@ -32,6 +35,8 @@ pub use namespaces::PodNamespaces;
 
 /// Largest `config.json` that is read; a hostile one could fill memory.
 const MAX_CONFIG: u64 = 4 << 20;
+/// Most mounts of a container: pods have some dozens, a hostile bundle would have the host make one for each.
+const MAX_MOUNTS: usize = 1024;
 
 /// Fields that are refused unless empty, in JSON's own paths. Everything here either confines the container or
 /// changes what its processes meet.
@@ -61,13 +66,17 @@ const FILE_SYSTEMS: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "
 /// Why a bundle cannot be run.
 #[derive(Debug, thiserror::Error)]
 pub enum BundleError {
-    #[error("Bundle configuration {path} cannot be read")]
+    #[error(
+        "Bundle configuration {path} cannot be read: a bundle is a directory with a file config.json of 4 MiB at most"
+    )]
     Read {
         path: PathBuf,
         #[source]
         source: io::Error,
     },
-    #[error("Bundle configuration {path} is not an OCI runtime configuration")]
+    #[error(
+        "Bundle configuration {path} is not an OCI runtime configuration; `runc spec` writes one to begin with"
+    )]
     Parse {
         path: PathBuf,
         #[source]
@@ -127,18 +136,23 @@ fn read_bundle(name: &str, directory: &Path, pod: Option<&PodNamespaces>) -> Res
     let json = config_json(directory)?;
     let path = directory.join("config.json");
     let failed = |source| BundleError::Parse { path: path.clone(), source };
-    let raw: Value = serde_json::from_slice(&json).map_err(failed)?;
+    let Strict(raw) = serde_json::from_slice(&json).map_err(failed)?;
     let spec: Spec = serde_json::from_slice(&json).map_err(failed)?;
     check(&raw)?;
     let (mut container, disks) = container_spec(name, &spec, pod)?;
     container.hooks = hooks::read(name, directory, &spec)?;
     container.resources = resources::read(raw.pointer("/linux/resources").unwrap_or(&Value::Null))?;
     let root = spec.root().as_ref().ok_or(BundleError::Missing("root"))?;
-    let mut container =
-        Container::new(container, &directory.join(root.path()), pod.map_or("", |pod| &pod.share_prefix))
-            .map_err(BundleError::Container)?;
+    let path = directory.join(root.path());
+    within(directory, root.path(), "root.path")?;
+    let mut container = Container::new(container, &path, pod.map_or("", |pod| &pod.share_prefix))
+        .map_err(BundleError::Container)?;
     disks.into_iter().for_each(|disk| container.add_disk(disk));
-    for (index, mount) in spec.mounts().iter().flatten().enumerate() {
+    let mounts = spec.mounts().as_deref().unwrap_or_default();
+    if mounts.len() > MAX_MOUNTS {
+        return Err(invalid("mounts", format!("has {}, krx makes {MAX_MOUNTS} at most", mounts.len())));
+    }
+    for (index, mount) in mounts.iter().enumerate() {
         add_mount(&mut container, directory, &format!("mounts[{index}]"), mount, pod.is_some())?;
     }
     Ok(container)
@@ -201,7 +215,27 @@ fn check(raw: &Value) -> Result<(), BundleError> {
     if !version.starts_with("1.") {
         return Err(unsupported("ociVersion", format!("version {version:?} of the specification")));
     }
+    if let Some(field) = json::with_nul(raw) {
+        return Err(invalid(field.trim_start_matches('.'), "has a NUL in it. Leave it out"));
+    }
     process::check(raw.pointer("/process").unwrap_or(&Value::Null))
+}
+
+/// Refuses a relative path that leads out of the bundle, by `..` or a link: it was written to be the bundle's own, and
+/// is another file on each host. One that leads nowhere is refused by who wants it.
+fn within(bundle: &Path, path: &Path, field: &str) -> Result<(), BundleError> {
+    let (Ok(bundle), Ok(found)) = (bundle.canonicalize(), bundle.join(path).canonicalize()) else {
+        return Ok(());
+    };
+    if path.is_absolute() || found.starts_with(bundle) {
+        return Ok(());
+    }
+    let what = format!(
+        "{:?} leads out of the bundle, to {}. Give that path itself if it is meant",
+        path.display().to_string(),
+        found.display()
+    );
+    Err(invalid(field, what))
 }
 
 /// Whether a value asks for nothing: limits of zero or less mean none.
@@ -232,6 +266,9 @@ fn container_spec(
     let has_uts = namespaces.own.contains(&Namespace::Uts) || pod.is_some();
     if spec.hostname().is_some() && !has_uts {
         return Err(invalid("hostname", "needs a namespace of type uts"));
+    }
+    if spec.hostname().as_ref().is_some_and(|name| name.len() > MAX_HOSTNAME) {
+        return Err(invalid("hostname", format!("is longer than the {MAX_HOSTNAME} bytes that Linux takes")));
     }
     let domainname = spec.domainname().clone().filter(|name| !name.is_empty());
     if domainname.is_some() && !namespaces.own.contains(&Namespace::Uts) {
@@ -295,8 +332,9 @@ fn add_mount(
     let source = wanted.source().clone().unwrap_or_default();
     let is_bind = kind == "bind" || options.iter().any(|option| matches!(option.as_str(), "bind" | "rbind"));
     let mount = if is_bind {
-        let path = bundle.join(source);
+        let path = bundle.join(&source);
         let field = format!("{field}.source");
+        within(bundle, &source, &field)?;
         let source = path.canonicalize().map_err(|source| BundleError::Source {
             field,
             path: path.clone(),

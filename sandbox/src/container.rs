@@ -22,17 +22,17 @@ const ROOTFS: &str = "rootfs";
 pub enum ContainerError {
     #[error(transparent)]
     Volume(VolumeError),
-    #[error("Root file system {path} cannot be used")]
+    #[error("Root file system {path} cannot be used: give the directory that has the container's files")]
     Rootfs {
         path: PathBuf,
         #[source]
         source: io::Error,
     },
-    #[error("Root file system {0} is not a directory")]
+    #[error("Root file system {0} is not a directory: give the one that has the container's files")]
     NotDirectory(PathBuf),
     #[error("Container cannot have its disks")]
     Disk(#[source] DiskError),
-    #[error("{0} is mounted on twice")]
+    #[error("{0} is mounted on twice: leave one of them out")]
     Twice(String),
     #[error(
         "{path} is missing in the root file system {rootfs}, which is to be read-only, and cannot be made"

@@ -21,6 +21,7 @@ pub mod control;
 pub mod default_spec;
 pub mod detached;
 pub mod disks;
+pub mod exec_limits;
 mod image_file;
 pub mod live_volumes;
 mod mount_points;

@@ -59,23 +59,33 @@ pub struct PreflightError {
     remedy: &'static str,
 }
 
+impl From<Finding> for PreflightError {
+    fn from(Finding { what, meaning, remedy, .. }: Finding) -> Self {
+        Self { what, meaning, remedy }
+    }
+}
+
 /// Checks what every start needs, in a few system calls. The first start after a boot of the host also hears, in
 /// return, what will not work.
 ///
 /// # Errors
 /// The first thing that is missing, with what to do.
 pub fn check_start(root: &StateRoot, memory_mib: u64) -> Result<Vec<Finding>, PreflightError> {
-    let (kvm, first) = kvm_of_this_boot(root);
-    let findings = [privilege(geteuid().is_root()), kvm, memory(&read("/proc/meminfo"), memory_mib)];
-    match findings.into_iter().find(|finding| finding.level == Level::Error) {
-        None if first => {
-            let mounts = read("/proc/self/mounts");
-            let tun = tun(Path::new("/dev/net/tun").exists());
-            Ok([cgroup(&mounts), tun].into_iter().filter(|finding| finding.level == Level::Warning).collect())
-        }
-        None => Ok(Vec::new()),
-        Some(Finding { what, meaning, remedy, .. }) => Err(PreflightError { what, meaning, remedy }),
+    // What can be mended by other words on the command line first.
+    let asked = [privilege(geteuid().is_root()), memory(&read("/proc/meminfo"), memory_mib)];
+    if let Some(finding) = asked.into_iter().find(|finding| finding.level == Level::Error) {
+        return Err(finding.into());
     }
+    let (kvm, first) = kvm_of_this_boot(root);
+    if kvm.level == Level::Error {
+        return Err(kvm.into());
+    }
+    if !first {
+        return Ok(Vec::new());
+    }
+    let mounts = read("/proc/self/mounts");
+    let tun = tun(Path::new("/dev/net/tun").exists());
+    Ok([cgroup(&mounts), tun].into_iter().filter(|finding| finding.level == Level::Warning).collect())
 }
 
 /// Looks at everything.

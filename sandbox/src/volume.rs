@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 /// Why a volume cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
-    #[error("Volume {0} is not of the form HOST:GUEST or HOST:GUEST:ro")]
+    #[error("Volume `{0}` is not of the form HOST:GUEST or HOST:GUEST:ro")]
     Form(String),
     #[error("Volume {text}: {guest} is not an absolute path below / without `..`")]
     Guest { text: String, guest: String },

@@ -180,57 +180,6 @@ fn an_image_is_unpacked_by_one_at_a_time() {
 }
 
 #[test]
-fn a_bad_image_is_refused_in_a_sentence() {
-    let Some(images) = Images::new() else { return };
-    let refused = |image: &str, about: &str| {
-        let ended = images.run(image, &[], &["true"]);
-        assert_eq!(ended.code, 125, "{image}: {ended:?}");
-        assert!(ended.err.contains(about), "{image}: {about} is not in {}", ended.err);
-        images.assert_clean();
-        assert_eq!(images.kept("layers"), Vec::<PathBuf>::new(), "{image}");
-    };
-    let file = |name: &str, kind: EntryType, path: &str, link: &str| {
-        let layer = layer(|tar| {
-            let mut header = Header::new_gnu();
-            header.set_entry_type(kind);
-            header.set_mode(0o644);
-            header.set_size(0);
-            let fields = header.as_old_mut();
-            fields.name[..path.len()].copy_from_slice(path.as_bytes());
-            fields.linkname[..link.len()].copy_from_slice(link.as_bytes());
-            header.set_cksum();
-            tar.append(&header, &b""[..]).expect("entry");
-        });
-        let draft = Draft { process: json!({}), layers: vec![layer], diff_ids: None };
-        format!("oci-archive:{}", images.write(name, &draft.oci()))
-    };
-    refused("nonsense", "oci-archive:FILE");
-    refused("oci-archive:/no/such/file", "No such file");
-    refused("oci-archive:/dev/zero", "not a regular file");
-    refused(&format!("oci-archive:{}", images.write("text", b"text")), "is none");
-    refused(&file("absolute", EntryType::Regular, "/etc/shadow", ""), "its path is absolute");
-    refused(&file("up", EntryType::Regular, "a/../../shadow", ""), "`..`");
-    refused(&file("link", EntryType::Link, "shadow", "../../etc/shadow"), "`..`");
-    refused(&file("none", EntryType::Link, "shadow", "etc/shadow"), "not there");
-    let draft = |layers, diff_ids| Draft { process: json!({}), layers, diff_ids }.oci();
-    let empty = layer(|_| ());
-    let other = draft(vec![empty.clone()], Some(vec![format!("sha256:{}", "0".repeat(64))]));
-    refused(&format!("oci-archive:{}", images.write("digest", &other)), "not what it is said to be");
-    let missing = draft(vec![empty], Some(vec![]));
-    refused(&format!("oci-archive:{}", images.write("count", &missing)), "1 layers");
-    let cut = draft(vec![vec![0x1f, 0x8b, 8, 0]], Some(vec![format!("sha256:{}", "0".repeat(64))]));
-    refused(&format!("oci-archive:{}", images.write("cut", &cut)), "because");
-    let both = images.place.run(&["--image", "oci:x"], &["true"]).output().expect("krx");
-    assert_eq!(both.status.code(), Some(125));
-    // Nothing to run.
-    let draft = two_layers(json!({}));
-    let image = format!("oci-archive:{}", images.write("quiet", &draft.oci()));
-    let quiet = images.run(&image, &[], &[]);
-    assert!(quiet.code == 125 && quiet.err.contains("command"), "{quiet:?}");
-    images.assert_clean();
-}
-
-#[test]
 fn a_full_disk_is_told_and_left_as_it_was() {
     let Some(images) = Images::new() else { return };
     let draft = two_layers(json!({ "Cmd": ["hello"] }));

@@ -79,21 +79,6 @@ fn options_that_docker_has_mean_what_they_do_there() {
     assert_eq!(place.sh(&["--security-opt", &profile], script).ok().out, "1\n");
     let other = ["--security-opt", &profile, "--cap-add", "sys_admin", "--tmpfs", "/tmp"];
     assert_eq!(place.sh(&other, script).ok().out, "0\n");
-    for (bad, about) in [
-        (["--security-opt", "seccomp=/none"], "/none"),
-        (["--cap-add", "nonsense"], "capabilities(7)"),
-        (["--ulimit", "nofile=2:1"], "soft part"),
-        (["--tmpfs", "/a:bind"], "--tmpfs"),
-        (["--pids-limit", "0"], "processes"),
-        (["--cpus", "0"], "0.01"),
-        (["--security-opt", "apparmor=x"], "is not known"),
-        (["--env-file", "/nonexistent"], "/nonexistent"),
-    ] {
-        let refused = place.sh(&bad, "true");
-        assert!(refused.code == 125 && refused.err.contains(about), "{refused:?}");
-    }
-    let both = place.sh(&["--tmpfs", "/data/", "-v", "/tmp:/data"], "true");
-    assert!(both.code == 125 && both.err.contains("/data is mounted on twice"), "{both:?}");
     place.assert_clean();
 }
 
@@ -215,41 +200,6 @@ fn bundle_runs() {
     let bundle = place.scratch.join("bundle");
     let ended = finish(&mut place.krx(&["run", "--bundle", &bundle.to_string_lossy()]), b"").ok();
     assert_eq!(ended.out, "bundled\nhello\n65534\n0077\nread-only\n");
-}
-
-#[test]
-fn bad_input_is_refused_before_anything_starts() {
-    let Some(place) = Place::new() else { return };
-    let root = place.host.rootfs();
-    let root = root.to_string_lossy();
-    let long = "h".repeat(65);
-    let cases: [(&[&str], &str); 17] = [
-        (&["--rootfs", "/nonexistent", "--", "true"], "/nonexistent"),
-        (&["--rootfs", "/etc/passwd", "--", "true"], "/etc/passwd"),
-        (&["--bundle", "/nonexistent"], "/nonexistent"),
-        (&["--rootfs", &root, "--memory", "0", "--", "true"], "emory"),
-        (&["--rootfs", &root, "--memory", "1M", "--", "true"], "emory"),
-        (&["--rootfs", &root, "--memory", "1P", "--", "true"], "emory"),
-        (&["--rootfs", &root, "--memory=-1", "--", "true"], "emory"),
-        (&["--rootfs", &root, "--cpus", "0", "--", "true"], "CPU"),
-        (&["--rootfs", &root, "--cpus", "1000", "--", "true"], "CPU"),
-        (&["--rootfs", &root, "-v", "/nonexistent:/data", "--", "true"], "/nonexistent"),
-        (&["--rootfs", &root, "-v", "/tmp:data", "--", "true"], "data"),
-        (&["--rootfs", &root, "--kernel", "/nonexistent", "--", "true"], "/nonexistent"),
-        (&["--rootfs", &root, "--name", "../x", "--", "true"], "../x"),
-        (&["--rootfs", &root, "--hostname", &long, "--", "true"], "Host name"),
-        (&["--rootfs", &root, "--hostname", "", "--", "true"], "Host name"),
-        (&["--rootfs", &root, "-u", "no-such-user", "--", "true"], "no-such-user"),
-        (&["--rootfs", &root, "--colour", "--", "true"], "--colour"),
-    ];
-    for (arguments, word) in cases {
-        let arguments: Vec<_> = [&["run"], arguments].concat();
-        let ended = finish(&mut place.krx(&arguments), b"");
-        assert_eq!(ended.code, 125, "{arguments:?}: {ended:?}");
-        assert!(ended.err.contains(word), "{arguments:?}: {ended:?}");
-        assert!(!ended.err.contains("panicked at"), "{ended:?}");
-    }
-    place.assert_clean();
 }
 
 #[test]

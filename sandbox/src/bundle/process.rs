@@ -4,8 +4,9 @@ use krx_proto::{Capabilities, ProcessSpec, Rlimit, TerminalSize, User};
 use oci_spec::runtime::{LinuxCapabilities, PosixRlimit, Process};
 use serde_json::Value;
 
+use super::json::{self, Strict};
 use super::{BundleError, invalid, objects, refuse, scheduling, unsupported};
-use crate::capability;
+use crate::{capability, exec_limits};
 
 /// Fields that are refused unless empty, below `process`.
 const REFUSED: [&str; 3] = ["/commandLine", "/selinuxLabel", "/user/username"];
@@ -31,7 +32,7 @@ pub(super) fn read(process: &Process) -> Result<ProcessSpec, BundleError> {
     }
     let cwd = process.cwd().to_str().filter(|cwd| cwd.starts_with('/'));
     let args = process.args().clone().filter(|args| !args.is_empty());
-    Ok(ProcessSpec {
+    let process = ProcessSpec {
         args: args.ok_or(BundleError::Missing("process.args"))?,
         env: process.env().clone().unwrap_or_default(),
         cwd: cwd.ok_or_else(|| invalid("process.cwd", "is not an absolute path"))?.into(),
@@ -49,14 +50,19 @@ pub(super) fn read(process: &Process) -> Result<ProcessSpec, BundleError> {
         scheduling: scheduling::read(process)?,
         terminal: process.terminal().unwrap_or(false).then(|| console_size(process)),
         ..ProcessSpec::default()
-    })
+    };
+    exec_limits::check(&process).map_err(|error| invalid("process", error.to_string()))?;
+    Ok(process)
 }
 
 /// A further process of the container whose first one is `first`.
 pub(super) fn read_further(json: &[u8], first: &ProcessSpec) -> Result<ProcessSpec, BundleError> {
     let failed = |error: serde_json::Error| invalid("process", error.to_string());
-    let raw: Value = serde_json::from_slice(json).map_err(failed)?;
+    let Strict(raw) = serde_json::from_slice(json).map_err(failed)?;
     check(&raw)?;
+    if let Some(field) = json::with_nul(&raw) {
+        return Err(invalid(format!("process{field}"), "has a NUL in it. Leave it out"));
+    }
     let process: Process = serde_json::from_value(raw).map_err(failed)?;
     let mut further = ProcessSpec { seccomp: first.seccomp.clone(), ..read(&process)? };
     further.scheduling.cpus = scheduling::affinity(&process)?;
