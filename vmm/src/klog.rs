@@ -524,6 +524,44 @@ mod tests {
         }
     }
 
+    /// Any bytes at any places of the structures that are followed, several at a time.
+    #[test]
+    fn whatever_a_guest_writes_the_log_is_short_and_printable() {
+        use proptest::prelude::*;
+        let places = prop_oneof![
+            4 => RING_AT..RING_AT + 80,
+            1 => POINTER_AT..POINTER_AT + 8,
+            4 => DESCRIPTORS_AT..DESCRIPTORS_AT + 24 * 8,
+            4 => INFOS_AT..INFOS_AT + 88 * 8,
+            1 => TEXT_AT..TEXT_AT + 256,
+        ];
+        let values = prop_oneof![
+            4 => 0..32_u64,
+            2 => (0..0x10_1000_u64).prop_map(|at| KERNEL_MAP + at),
+            2 => (0..0x10_1000_u64).prop_map(|at| DIRECT_MAP + at),
+            2 => (0..64_u32).prop_map(|bit| 1 << bit),
+            2 => (0..64_u64).prop_map(|less| u64::MAX - less),
+            4 => any::<u64>(),
+        ];
+        let write = (places, values, prop::bool::ANY);
+        let lines = prop::collection::vec((any::<u64>(), prop::collection::vec(any::<u8>(), 0..100)), 0..12);
+        let inputs = (lines, prop::collection::vec(write, 0..6));
+        testing::properties::hold(2000, &inputs, |(lines, writes)| {
+            let mut kernel = Kernel::new();
+            for (time, text) in &lines {
+                kernel.print(*time, text);
+            }
+            for (at, value, aligned) in writes {
+                kernel.put(if aligned { at & !7 } else { at }, value);
+            }
+            let Ok(log) = kernel.log() else { return };
+            assert!(log.len() <= MAX_LOG, "{} bytes", log.len());
+            let odd = log.bytes().find(|byte| !matches!(byte, b' '..=b'~' | b'\t' | b'\n'));
+            assert_eq!(odd, None, "{log:?}");
+            assert!(log.is_empty() || log.ends_with('\n'), "{log:?}");
+        });
+    }
+
     #[test]
     fn ring_that_points_at_itself_ends() {
         let mut kernel = Kernel::new();

@@ -1,6 +1,9 @@
 //! The driver's side of a virtqueue, for tests: guest memory, rings laid by `virtio_queue::mock`, and eventfds to
 //! count kicks and interrupts.
 
+pub(crate) mod chains;
+pub(crate) mod properties;
+
 use virtio_queue::QueueT;
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
@@ -17,7 +20,7 @@ pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
 
 /// `VIRTQ_DESC_F_INDIRECT`.
-const INDIRECT: u16 = 4;
+pub(crate) const INDIRECT: u16 = 4;
 /// Where [`indirect_table`] puts its table, of 1 MiB at most.
 const TABLE: u64 = 2 << 20;
 

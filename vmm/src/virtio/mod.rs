@@ -13,3 +13,6 @@ pub mod queue;
 pub mod registers;
 pub mod rng;
 pub mod vsock;
+
+#[cfg(test)]
+mod properties;

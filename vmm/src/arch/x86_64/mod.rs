@@ -6,4 +6,6 @@ pub mod kernel;
 pub mod layout;
 pub mod mptable;
 pub mod msr;
+#[cfg(test)]
+mod placement;
 pub mod regs;

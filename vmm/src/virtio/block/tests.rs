@@ -358,3 +358,84 @@ fn configuration_says_what_the_disk_is() {
     let (pipe, _end) = nix::unistd::pipe().unwrap();
     assert!(Block::new(pipe.into(), true).is_err());
 }
+
+/// Extents against arithmetic that cannot overflow: what is done is within the disk, and nothing beside it changes.
+#[test]
+fn extents_are_done_within_the_disk_or_not_at_all() {
+    use proptest::prelude::*;
+    use proptest::sample::select;
+
+    use super::backing::{Extent, SECTOR};
+
+    const SIZE: u64 = SECTORS * SECTOR;
+    let sector = prop_oneof![
+        4 => 0..SECTORS + 2,
+        1 => select(vec![u64::MAX, u64::MAX / 512, u64::MAX / 512 + 1, 1 << 54, i64::MAX as u64 / 512 + 1]),
+        1 => any::<u64>(),
+    ];
+    let sectors = prop_oneof![4 => 0..10_u32, 1 => select(vec![1 << 16, (1 << 16) + 1, 1 << 21, (1 << 21) + 1]), 1 => any::<u32>()];
+    crate::testing::properties::hold(600, &(sector, sectors, 0..4_u8), |(sector, sectors, how)| {
+        let guest = Guest::new();
+        let backing = Backing::new(guest.file.try_clone().unwrap(), how == 3).unwrap();
+        let extent = Extent { sector, sectors };
+        let (outcome, most) = match how {
+            0 => (backing.discard(extent), MAX_DISCARD),
+            1 => (backing.zero(extent, false), MAX_ZEROES),
+            _ => (backing.zero(extent, true), MAX_ZEROES),
+        };
+        let (begin, end) = (u128::from(sector) * 512, (u128::from(sector) + u128::from(sectors)) * 512);
+        let can_be = how != 3 && sectors <= most && end <= u128::from(SIZE);
+        match outcome {
+            Ok(()) => assert!(can_be, "{extent:?}"),
+            Err(backing::Failure::Refused) => assert!(!can_be, "{extent:?}"),
+            // Not all file systems have it.
+            Err(backing::Failure::Unsupported) => assert!(can_be && sectors > 0),
+            Err(failure) => panic!("{failure}"),
+        }
+        let mut after = Vec::new();
+        std::io::Seek::rewind(&mut &guest.file).unwrap();
+        (&guest.file).read_to_end(&mut after).unwrap();
+        assert_eq!(after.len() as u64, SIZE + 9);
+        for (at, byte) in (0..).zip(&after[..usize::try_from(SIZE).unwrap()]) {
+            let cleared = *byte != u8::try_from(at / 512).unwrap();
+            assert!(!cleared || (can_be && (begin..end).contains(&at)), "{at} of {extent:?}");
+        }
+    });
+}
+
+/// As above, on a disk on which the caps are what is in the way.
+#[test]
+fn extents_are_no_longer_than_their_caps() {
+    use proptest::prelude::*;
+    use proptest::sample::select;
+
+    use super::backing::Extent;
+
+    const SIZE: u64 = 4 << 30;
+    let file = TempFile::new().unwrap().into_file();
+    file.set_len(SIZE).unwrap();
+    let backing = Backing::new(file, false).unwrap();
+    let caps = [
+        0,
+        1,
+        MAX_ZEROES - 1,
+        MAX_ZEROES,
+        MAX_ZEROES + 1,
+        MAX_DISCARD - 1,
+        MAX_DISCARD,
+        MAX_DISCARD + 1,
+        u32::MAX,
+    ];
+    let sector = prop_oneof![
+        0..SIZE / 512 + 2,
+        select(vec![0, SIZE / 512 - 1, SIZE / 512, SIZE / 512 - u64::from(MAX_DISCARD)])
+    ];
+    let inputs = (sector, select(caps.to_vec()), any::<bool>());
+    crate::testing::properties::hold(600, &inputs, |(sector, sectors, discard)| {
+        let extent = Extent { sector, sectors };
+        let most = if discard { MAX_DISCARD } else { MAX_ZEROES };
+        let outcome = if discard { backing.discard(extent) } else { backing.zero(extent, true) };
+        let can_be = sectors <= most && (sector + u64::from(sectors)) * 512 <= SIZE;
+        assert_eq!(!matches!(outcome, Err(backing::Failure::Refused)), can_be, "{extent:?}, {outcome:?}");
+    });
+}

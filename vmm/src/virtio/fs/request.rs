@@ -113,6 +113,39 @@ mod tests {
         assert_eq!(judge(header(40, OPEN), 40, huge), Judgement::Answer(libc::EOVERFLOW));
     }
 
+    /// What the library is given is within the bounds that it relies on; what is answered can be.
+    #[test]
+    fn requests_that_are_served_are_within_their_bounds() {
+        use proptest::prelude::*;
+        let size = || {
+            prop_oneof![
+                0..100_u64,
+                MAX_BYTES - 2..MAX_BYTES + 3,
+                (1_u64 << 32) - 2..(1 << 32) + 2,
+                any::<u64>()
+            ]
+        };
+        let len = prop_oneof![0..100_u32, any::<u32>()];
+        let opcode = prop_oneof![Just(OPCODE_FORGET), Just(OPCODE_BATCH_FORGET), 0..60_u32, any::<u32>()];
+        crate::testing::properties::hold(
+            5000,
+            &(len, opcode, size(), size()),
+            |(len, opcode, readable, writable)| {
+                let header = header(len, opcode);
+                let answered = opcode != OPCODE_FORGET && opcode != OPCODE_BATCH_FORGET;
+                let room = !answered || writable >= 16;
+                let within = readable <= MAX_BYTES
+                    && writable <= MAX_BYTES
+                    && (40..=readable).contains(&u64::from(len));
+                match judge(header, readable, writable) {
+                    Judgement::Serve => assert!(within && room),
+                    Judgement::Answer(_) => assert!(answered && writable >= 16 && readable >= 40 && !within),
+                    Judgement::Drop => assert!(readable < 40 || !room || (!answered && !within)),
+                }
+            },
+        );
+    }
+
     #[test]
     fn error_reply_is_an_out_header() {
         let reply = error_reply(0x0102, libc::EIO);

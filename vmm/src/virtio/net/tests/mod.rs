@@ -3,5 +3,6 @@
 mod driver;
 mod frames;
 mod hostile;
+mod judged;
 mod real_tap;
 mod vhost;
