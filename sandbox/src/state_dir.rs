@@ -61,7 +61,7 @@ pub enum StateError {
         "Socket paths in {0} would be over {MAX_SOCKET_PATH} bytes: choose a shorter name or KRX_STATE_DIR"
     )]
     TooLong(PathBuf),
-    #[error("Cannot use {path}. Run krx as root, or set KRX_STATE_DIR to a directory of your own")]
+    #[error("Cannot use {path}. krx wants to be root, and room there; KRX_STATE_DIR names another directory")]
     Io {
         path: PathBuf,
         #[source]
@@ -236,12 +236,14 @@ impl StateRoot {
         let failed = |source| StateError::Io { path: path.clone(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(&self.0).map_err(failed)?;
         let begin = Instant::now();
-        let mut lock = loop {
+        let lock = loop {
             match DirBuilder::new().mode(0o700).create(&path) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
                 _ => {}
             }
-            match try_lock(&path, true).map_err(failed)? {
+            // One that cannot be locked would be nobody's.
+            let attempt = try_lock(&path, true).inspect_err(|_| drop(fs::remove_dir(&path)));
+            match attempt.map_err(failed)? {
                 Attempt::Taken(lock) => break lock,
                 Attempt::Gone => {}
                 Attempt::Held(holder) => {
@@ -254,8 +256,10 @@ impl StateRoot {
             }
         };
         clear(&path, &[LOCK]);
+        // Removed by its drop, as far as it came.
+        let mut directory = StateDir { path: path.clone(), lock };
+        let lock = &mut directory.lock;
         lock.set_len(0).and_then(|()| write!(lock, "{}", process::id())).map_err(failed)?;
-        let directory = StateDir { path, lock };
         let share = directory.paths().share();
         DirBuilder::new()
             .mode(0o700)
@@ -362,7 +366,12 @@ fn examine(path: &Path) -> Result<Option<Listed>, StateError> {
             remove(path);
             return Ok(None);
         }
-        Attempt::Gone => return Ok(None),
+        Attempt::Gone => {
+            // Its owner ended before it could lock it, or comes to lock it just now, and then makes it anew. With something
+            // in it, it is not one of ours.
+            let _ = fs::remove_dir(path);
+            return Ok(None);
+        }
         Attempt::Held(holder) => holder,
     };
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -525,6 +534,31 @@ mod tests {
         assert_eq!(names, ["web"]);
         assert!(!scratch.path().join("old").exists());
         drop(held);
+    }
+
+    #[test]
+    fn directory_without_a_lock_is_stale_if_it_is_empty() {
+        let scratch = Scratch::new("state");
+        let root = StateRoot::at(scratch.path());
+        fs::create_dir(scratch.path().join("killed")).unwrap();
+        let precious = scratch.write("others/file", b"data");
+        assert!(root.list().unwrap().is_empty());
+        assert!(!scratch.path().join("killed").exists() && precious.exists());
+        fs::create_dir(scratch.path().join("killed")).unwrap();
+        assert!(matches!(root.open("killed"), Err(StateError::NotFound(_))));
+        assert!(root.create("killed").is_ok());
+    }
+
+    /// A directory stands where the lock is to be made.
+    #[test]
+    fn directory_that_cannot_be_locked_is_not_left() {
+        let scratch = Scratch::new("state");
+        let root = StateRoot::at(scratch.path());
+        fs::create_dir_all(scratch.path().join("web/lock")).unwrap();
+        assert!(matches!(root.create("web"), Err(StateError::Io { .. })));
+        fs::remove_dir(scratch.path().join("web/lock")).unwrap();
+        assert!(root.create("web").is_ok());
+        assert!(!scratch.path().join("web").exists());
     }
 
     #[test]

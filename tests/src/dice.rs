@@ -6,10 +6,15 @@ use std::time::Duration;
 #[derive(Debug)]
 pub struct Dice(u64);
 
+impl Default for Dice {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Dice {
     /// By `KRX_SEED`, else always the same; says which.
     #[must_use]
-    #[allow(clippy::new_without_default, reason = "it says something")]
     pub fn new() -> Self {
         let seed = std::env::var("KRX_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(2_463_534_242);
         println!("    KRX_SEED={seed}");

@@ -14,6 +14,7 @@ pub mod guest;
 pub mod image;
 pub mod lan;
 pub mod pod;
+pub mod remains;
 pub mod scratch;
 pub mod shim;
 pub mod systemd;

@@ -56,21 +56,6 @@ fn nothing_is_left_when_both_are_killed_and_the_next_command_comes() {
 }
 
 #[test]
-fn nothing_is_left_of_starts_killed_at_any_moment() {
-    let Some(place) = Place::new() else { return };
-    for step in 0..12 {
-        let mut krx = place.run(&[], &["sleep", "60"]).stderr(Stdio::null()).spawn().expect("krx");
-        std::thread::sleep(Duration::from_millis(step * 150));
-        signal(krx.id(), Signal::SIGKILL);
-        krx.wait().expect("wait");
-    }
-    // Some died before their VMM could know of them: those directories are the next command's to remove.
-    std::thread::sleep(Duration::from_secs(1));
-    finish(&mut place.krx(&["ps"]), b"").ok();
-    place.assert_clean();
-}
-
-#[test]
 fn terminated_start_ends_cleanly() {
     let Some(place) = Place::new() else { return };
     let mut krx = place.run(&[], &["sleep", "60"]).stderr(Stdio::null()).spawn().expect("krx");
@@ -170,16 +155,6 @@ fn a_killed_test_leaves_no_scratch_directory() {
     victim.wait().expect("end");
     let gone = until(Duration::from_secs(20), || Some(()).filter(|()| !path.exists()));
     assert!(gone.is_some(), "{} is left", path.display());
-}
-
-#[test]
-fn many_starts_in_a_row_leave_nothing() {
-    let Some(place) = Place::new() else { return };
-    for number in 0..10 {
-        let ended = place.sh(&["--name", "again"], &format!("echo {number}")).ok();
-        assert_eq!(ended.out, format!("{number}\n"));
-    }
-    place.assert_clean();
 }
 
 #[test]

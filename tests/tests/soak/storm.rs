@@ -12,6 +12,7 @@ use tests::containerd::remains::Remains;
 use tests::cri::container::END;
 use tests::cri::messages::{CONTAINER_RUNNING, Empty};
 use tests::cri::pod::PodPlan;
+use tests::dice::Dice;
 use tests::pod::{finish, until};
 
 use crate::{assert_clean, at_length};
