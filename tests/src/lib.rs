@@ -11,6 +11,7 @@ pub mod cri;
 pub mod dice;
 pub mod disk_image;
 pub mod guest;
+pub mod hostile;
 pub mod image;
 pub mod lan;
 pub mod pod;
@@ -88,6 +89,12 @@ impl Host {
     #[must_use]
     pub fn odd_initramfs(&self) -> PathBuf {
         self.target.join("guest/odd-initramfs.cpio")
+    }
+
+    /// Kernel that attacks, see [`hostile`].
+    #[must_use]
+    pub fn hostile_guest(&self) -> PathBuf {
+        self.target.join("x86_64-unknown-linux-gnu/agent/hostile-guest")
     }
 
     /// Debian with python3.
