@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
@@ -82,14 +82,13 @@ impl Report {
     }
 }
 
-/// Seeds of a run: always the same one, and another that is told when a test fails. `KRX_SEED` is the only one then.
+/// Seeds of a run: always the same, unless `KRX_SEED` gives another; `make soak` has one of its own each time.
 #[must_use]
 pub fn seeds() -> Vec<u64> {
     if let Some(seed) = std::env::var("KRX_SEED").ok().and_then(|seed| seed.parse().ok()) {
         return vec![seed];
     }
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("time");
-    vec![1, now.as_secs() % 100_000]
+    vec![1, 2]
 }
 
 impl Ground {

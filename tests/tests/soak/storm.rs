@@ -16,7 +16,6 @@ use tests::dice::Dice;
 use tests::pod::{finish, until};
 
 use crate::{assert_clean, at_length};
-use tests::dice::Dice;
 
 /// Pods come and go, ten at a time; in short, an eighth of them.
 pub(crate) fn by_the_dozen(engine: &Engine) {
