@@ -2,7 +2,7 @@
 
 use crate::dice::Dice;
 use crate::driver::{Device, EVENT_IDX, Queue, RNG, STEPS, WRITE, register};
-use crate::machine::{self, BUFFERS, Repeat, While};
+use crate::machine::{self, BUFFERS, While};
 use crate::report::Report;
 
 /// Beside the slots of the devices there are those of disks, and then nothing.
@@ -13,6 +13,8 @@ const LOCAL_APIC: u64 = 0xfee0_0000;
 /// Ends the VM, which is not what is to be shown here.
 const POWER_OFF: u64 = 0x511;
 const RESET_CONTROL: u64 = 0xcf9;
+/// Has to tell how it went.
+const CONSOLE: core::ops::Range<u64> = 0x3f5..0x400;
 
 /// Reads and writes of all widths in and around the devices, at any address.
 pub(crate) fn anywhere(devices: &[Device], dice: &mut Dice, rounds: u64) -> Report {
@@ -46,8 +48,8 @@ fn access(address: u64, dice: &mut Dice) {
         7 => machine::write(address, value as u32),
         8 => machine::write(address, value),
         9 => machine::write(address, u128::from(value) << dice.below(64)),
-        10 => machine::repeat(Repeat::Copy, BUFFERS, address, dice.below(64)),
-        _ => machine::repeat(Repeat::Copy, address, BUFFERS, dice.below(64)),
+        10 => machine::copy(BUFFERS, address, dice.below(64)),
+        _ => machine::copy(address, BUFFERS, dice.below(64)),
     }
 }
 
@@ -58,8 +60,8 @@ pub(crate) fn ports(dice: &mut Dice, rounds: u64) -> Report {
         let near = dice.of(&[0_u64, 0x20, 0x40, 0x60, 0x70, 0x80, 0xa0, 0x500, 0xcf8, 0xffff]);
         let port = if dice.one_in(2) { near + dice.below(8) } else { dice.below(1 << 16) };
         // A wide access reaches those that follow.
-        if (POWER_OFF - 3..=POWER_OFF).contains(&port) || (RESET_CONTROL - 3..=RESET_CONTROL).contains(&port)
-        {
+        let kept = [POWER_OFF, RESET_CONTROL].into_iter().any(|kept| (kept - 3..=kept).contains(&port));
+        if kept || CONSOLE.contains(&port) {
             continue;
         }
         let (port, value) = (port as u16, dice.number());
@@ -69,8 +71,6 @@ pub(crate) fn ports(dice: &mut Dice, rounds: u64) -> Report {
             2 => machine::out32(port, value as u32),
             3 => drop(machine::in8(port)),
             4 => drop(machine::in32(port)),
-            // Of the console there would be too much to read.
-            _ if (0x3f0..0x400).contains(&port) => {}
             _ => machine::string_io(port, dice.below(40)),
         }
         report.sent += 1;

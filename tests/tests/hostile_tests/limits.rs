@@ -48,13 +48,6 @@ fn start(mut krx: Command, script: &str) -> (Child, String) {
     (krx, String::from_utf8_lossy(&line).into_owned())
 }
 
-fn end(mut krx: Child) -> Ended {
-    kill(Pid::from_raw(i32::try_from(krx.id()).expect("pid")), Signal::SIGTERM).expect("kill");
-    let ended = until(Duration::from_secs(30), || krx.try_wait().expect("wait"));
-    assert!(ended.is_some(), "krx does not end");
-    Ended::from(krx.wait_with_output().expect("output"))
-}
-
 #[test]
 fn fork_bomb_ends_with_its_guest() {
     let Some(place) = Place::new() else { return };
@@ -67,14 +60,18 @@ while True:
     try: os.fork()
     except OSError: pass
 ";
-    let (krx, line) = start(place.run(&["--name", "bomb"], &[]), script);
+    let (mut krx, line) = start(place.run(&["--name", "bomb"], &[]), script);
     assert_eq!(line, "lit");
     std::thread::sleep(Duration::from_secs(2));
     assert_small(&place, "bomb", krx.id());
-    let removed = finish(&mut place.krx(&["kill", "--signal", "KILL", "bomb"]), b"");
-    println!("kill: {removed:?}");
-    let ended = end(krx);
-    assert!(ended.code > 0, "{ended:?}");
+    // The bomb may have left no room for the guest's agent to hear: krx is what has to end.
+    let asked = finish(&mut place.krx(&["kill", "--signal", "KILL", "bomb"]), b"");
+    if asked.code != 0 {
+        println!("the guest does not hear: {asked:?}");
+        kill(Pid::from_raw(i32::try_from(krx.id()).expect("pid")), Signal::SIGKILL).expect("kill");
+    }
+    let ended = until(Duration::from_secs(30), || krx.try_wait().expect("wait")).expect("krx ends");
+    assert!(!ended.success(), "{ended}");
     assert_next_runs(&place);
 }
 
@@ -130,19 +127,21 @@ fn connections_and_files_without_end_cost_their_guest() {
     let script = "
 import errno, resource, socket, time
 resource.setrlimit(resource.RLIMIT_NOFILE, (8000, 8000))
-held, refused = [], 0
+held, refused, errors = [], 0, set()
+def name(error): return errno.errorcode.get(error.errno, 'timeout')
 for _ in range(2000):
     try:
         stream = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
         stream.settimeout(5)
         stream.connect((2, 1024))
         held.append(stream)
-    except OSError: refused += 1
-connected = len(held)
-held, errors = [], set()
+    except OSError as error:
+        refused += 1
+        errors.add('connect:' + name(error))
+connected, held = len(held), []
 for number in range(2000):
     try: held.append(open('/volume/%d' % number))
-    except OSError as error: errors.add(errno.errorcode[error.errno])
+    except OSError as error: errors.add(name(error))
 print(connected, refused, len(held), *sorted(errors), flush=True)
 time.sleep(600)
 ";
@@ -158,12 +157,13 @@ time.sleep(600)
     println!("connected, refused, open, errors: {line}");
     let words: Vec<_> = line.split(' ').collect();
     let count = |at: usize| words[at].parse::<u64>().expect("number");
-    assert!(count(2) > 500 && count(2) < 1500 && words.len() > 3, "{line}");
+    assert_eq!(count(0) + count(1), 2000, "{line}");
+    // Refused by who was called, if at all: the calls got there.
+    assert!(!["EAFNOSUPPORT", "EPERM", "EACCES"].iter().any(|error| line.contains(error)), "{line}");
+    assert!(count(2) > 500 && count(2) < 1500 && words.contains(&"EMFILE"), "{line}");
     assert_small(&place, "greedy", krx.id());
     // With none left, the owner is still heard.
-    let listed = finish(&mut place.krx(&["ps"]), b"").ok();
-    assert!(listed.out.contains("greedy"), "{listed:?}");
-    let ended = end(krx);
-    assert!(ended.code > 0, "{ended:?}");
+    finish(&mut place.krx(&["kill", "--signal", "KILL", "greedy"]), b"").ok();
+    assert_eq!(Ended::from(krx.wait_with_output().expect("output")).code, 137);
     assert_next_runs(&place);
 }
