@@ -1,5 +1,7 @@
 //! The program in the test images that does what a shell and coreutils cannot: wait as a pause container does, listen,
-//! dial, and use memory. Static and with nothing but std, so that it runs in an image of one file.
+//! dial, use memory, and try what a file system promises. Static, so that it runs in an image of one file.
+
+mod files;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -7,7 +9,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 const USAGE: &str =
-    "usage: workload print TEXT | pause | serve PORT TEXT | echo PORT | dial HOST:PORT [TEXT] | allocate MIB";
+    "usage: workload print TEXT | pause | serve PORT TEXT | echo PORT | dial HOST:PORT [TEXT] | allocate MIB
+       workload files DIRECTORY share|local SCALE [CHECK] | exercise FILE SEED STEPS |
+       tree DIRECTORY COUNT | manifest DIRECTORY";
 /// Of a dialled connection, read and write.
 const DIAL: Duration = Duration::from_secs(20);
 const PAGE: usize = 4096;
@@ -26,6 +30,14 @@ fn main() -> ExitCode {
         ["dial", address] => dial(address, ""),
         ["dial", address, text] => dial(address, text),
         ["allocate", mib] => allocate(mib),
+        ["files", directory, kind @ ("share" | "local"), scale] => files::run(directory, kind, scale, ""),
+        ["files", directory, kind @ ("share" | "local"), scale, only] => {
+            files::run(directory, kind, scale, only)
+        }
+        ["exercise", path, seed, steps] => files::exercise(path, seed, steps),
+        ["tree", directory, count] => files::make(directory, count),
+        ["manifest", directory] => files::manifest(directory),
+        ["child", ref part @ ..] => files::child(part),
         _ => Err(USAGE.into()),
     };
     match done {
