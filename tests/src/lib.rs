@@ -102,4 +102,25 @@ impl Host {
     pub fn rootfs(&self) -> PathBuf {
         self.target.join("guest/python-rootfs")
     }
+
+    /// One of the root file systems with real software.
+    ///
+    /// # Panics
+    /// When it is not there.
+    #[must_use]
+    pub fn software(&self, set: &str) -> PathBuf {
+        let rootfs = self.target.join(format!("guest/{set}-rootfs"));
+        assert!(
+            rootfs.join("usr/bin/sh").exists(),
+            "there is no {}: run rootfs/software-rootfs.sh {set}",
+            rootfs.display()
+        );
+        rootfs
+    }
+
+    /// Static program that does what a shell cannot, see tests/workload.
+    #[must_use]
+    pub fn workload(&self) -> PathBuf {
+        self.target.join("x86_64-unknown-linux-gnu/agent/workload")
+    }
 }

@@ -20,13 +20,28 @@ pub struct Place {
     pub scratch: Scratch,
     /// A file in the place of the host's `config.toml`.
     pub settings: Option<PathBuf>,
+    /// Root file system of the containers.
+    pub rootfs: PathBuf,
 }
 
 impl Place {
     /// `None` where no VM can run, see [`crate::host`].
     #[must_use]
     pub fn new() -> Option<Self> {
-        Some(Self { host: crate::host()?, scratch: Scratch::new(), settings: None })
+        let host = crate::host()?;
+        let rootfs = host.rootfs();
+        Some(Self { host, scratch: Scratch::new(), settings: None, rootfs })
+    }
+
+    /// As [`Self::new`], with a root file system that has real software in it, `SET` of rootfs/software-rootfs.sh.
+    ///
+    /// # Panics
+    /// When it is not there.
+    #[must_use]
+    pub fn with_software(set: &str) -> Option<Self> {
+        let place = Self::new()?;
+        let rootfs = place.host.software(set);
+        Some(Self { rootfs, ..place })
     }
 
     /// As [`Self::new`], with these settings.
@@ -63,7 +78,7 @@ impl Place {
     #[must_use]
     pub fn run(&self, options: &[&str], command: &[&str]) -> Command {
         let mut krx = self.krx(&["run"]);
-        krx.args(options).arg("--rootfs").arg(self.host.rootfs()).arg("--").args(command);
+        krx.args(options).arg("--rootfs").arg(&self.rootfs).arg("--").args(command);
         krx
     }
 
@@ -200,6 +215,14 @@ impl From<Output> for Ended {
 /// # Panics
 /// When it does not end before [`DEADLINE`].
 pub fn finish(command: &mut Command, input: &[u8]) -> Ended {
+    finish_within(DEADLINE, command, input)
+}
+
+/// As [`finish`], with another limit than [`DEADLINE`].
+///
+/// # Panics
+/// When it does not end before that.
+pub fn finish_within(limit: Duration, command: &mut Command, input: &[u8]) -> Ended {
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -212,7 +235,7 @@ pub fn finish(command: &mut Command, input: &[u8]) -> Ended {
     let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).expect("pid"));
     let (sender, ended) = std::sync::mpsc::channel();
     let watch = thread::spawn(move || {
-        let in_time = ended.recv_timeout(DEADLINE).is_ok();
+        let in_time = ended.recv_timeout(limit).is_ok();
         if !in_time {
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
         }
@@ -222,7 +245,7 @@ pub fn finish(command: &mut Command, input: &[u8]) -> Ended {
     let _ = sender.send(());
     let in_time = watch.join().expect("watch");
     let ended = Ended::from(output);
-    assert!(in_time, "{command:?} did not end within {DEADLINE:?}: {ended:?}");
+    assert!(in_time, "{command:?} did not end within {limit:?}: {ended:?}");
     ended
 }
 
