@@ -146,6 +146,9 @@ mkdir -p dev etc proc run sys tmp var/lib/nginx var/log/nginx root
 chmod 1777 tmp
 printf '%s\n' root:x:0:0:root:/root:/bin/sh nobody:x:65534:65534::/:/bin/sh web:x:1000:1000::/:/bin/sh >etc/passwd
 printf '%s\n' root:x:0: web:x:1000: nogroup:x:65534: >etc/group
+# Names that a pod's own network would have in any case.
+printf '%s\n' '127.0.0.1 localhost' '::1 localhost' >etc/hosts
+echo 'hosts: files dns' >etc/nsswitch.conf
 for program in $tried; do
     chroot . "$program" -v >/dev/null 2>&1 || chroot . "$program" --version >/dev/null || fail "$program does not run in what was made"
 done
