@@ -20,6 +20,9 @@ from .errors import TIMED_OUT, HostError
 POLL_SECONDS = 0.02
 # From `stop` to the report: two seconds of SIGTERM inside, and the way out.
 STOP_SECONDS = 10
+# QEMU 7.2 changes its note of what interrupts wait, at each entry to a guest and each exit from it, without a lock against its own main
+# loop, and now and then loses the timer's: a host that is idle then has nothing to wake it, ever. Any other interrupt makes up for it.
+TICK_SECONDS = 1
 CHUNK = 1 << 18
 ENDED = "the emulated host has ended under the command"
 
@@ -41,7 +44,7 @@ class Job:
         self.name = uuid.uuid4().hex[:12]
         self.path = directory / "jobs" / self.name
         self.path.mkdir()
-        self._icount = shape.icount
+        self.is_counted = shape.icount
         (self.path / "run").write_bytes(self._script(command, environment(shape.mode, tree)))
         for name in ("stdout", "stderr"):
             (self.path / name).touch()
@@ -100,7 +103,7 @@ class Job:
     def prepare(self):
         """The last thing before `run`."""
         more = self.take_stdin()
-        if more and self._icount:
+        if more and self.is_counted:
             self._end_stdin()
             print("kvm-host: stdin is still open: a counted job gets what was there", file=sys.stderr)
         kind = self._kind + ("+merged" if self._merged else "+")
@@ -147,6 +150,7 @@ def follow(job, host, timeout):
 def _follow(job, host, timeout):
     host.send(f"run {job.name}")
     deadline = time.monotonic() + timeout
+    tick = time.monotonic() + TICK_SECONDS
     stopped = None
     while True:
         job.take_stdin()
@@ -156,6 +160,9 @@ def _follow(job, host, timeout):
                 job.pump()
                 return _status(int(words[2]), stopped, timeout)
         now = time.monotonic()
+        if now >= tick and not job.is_counted:
+            host.send(f"tick {job.name}")
+            tick = now + TICK_SECONDS
         if stopped is None and now >= deadline:
             stopped = now
             host.send(f"stop {job.name}")

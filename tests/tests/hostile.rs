@@ -60,7 +60,7 @@ fn queues_are_where_they_may_be() {
 fn chains_cost_the_device() {
     let Some(host) = host() else { return };
     for net in [None, Some(false), Some(true)] {
-        for report in play(&host, "chains", 40, With { disk: true, net }) {
+        for report in play(&host, "chains", 60, With { disk: true, net }) {
             assert!(report.of("broken") > 0 && report.of("answered") > 0, "{report:?}");
         }
     }
@@ -69,8 +69,8 @@ fn chains_cost_the_device() {
 #[test]
 fn kicks_and_interrupts_without_end_end_with_the_guest() {
     let Some(host) = host() else { return };
-    play(&host, "notify", 500, With { disk: true, net: Some(true) });
-    for report in play(&host, "storm", 500, PLAIN) {
+    play(&host, "notify", 1000, With { disk: true, net: Some(true) });
+    for report in play(&host, "storm", 1000, PLAIN) {
         assert_eq!(report.of("answered"), report.of("sent"));
     }
 }
