@@ -64,7 +64,7 @@ fn sqlite_serves_two_writers_and_survives_its_vm() {
             sqlite3 -bail -cmd '.timeout 100000' -cmd 'pragma synchronous=full' db >/dev/null; }}
         write a & one=$!; write b; wait $one
         (echo 'begin immediate; select 1;'; until [ -e refused ]; do sleep 0.1; done; echo 'rollback;') | sqlite3 db >/dev/null & two=$!
-        until sqlite3 db 'begin immediate; rollback;' 2>&1 | grep 'is locked' >refused; do rm -f refused; sleep 0.1; done; wait $two
+        until sqlite3 db 'begin immediate; rollback;' 2>&1 | grep -q 'is locked'; do sleep 0.1; done; echo >refused; wait $two
         sqlite3 db \"select who, count(*), min(length(text)) from t group by who; pragma integrity_check; pragma journal_mode;\""
     );
     let ended = run(&place, &["sh", "-c", &script]).ok();
