@@ -63,7 +63,8 @@ fn sqlite_serves_two_writers_and_survives_its_vm() {
         write() {{ seq {each} | sed \"s/.*/begin immediate; insert into t values ('$1', hex(randomblob(300))); commit;/\" |
             sqlite3 -bail -cmd '.timeout 100000' -cmd 'pragma synchronous=full' db >/dev/null; }}
         write a & one=$!; write b; wait $one
-        (echo 'begin immediate; select 1;'; until [ -e refused ]; do sleep 0.1; done; echo 'rollback;') | sqlite3 db >/dev/null & two=$!
+        (echo 'begin immediate; select 1;'; until [ -e refused ]; do sleep 0.1; done; echo 'rollback;') |
+            sqlite3 -cmd '.timeout 100000' db >/dev/null & two=$!
         until sqlite3 db 'begin immediate; rollback;' 2>&1 | grep -q 'is locked'; do sleep 0.1; done; echo >refused; wait $two
         sqlite3 db \"select who, count(*), min(length(text)) from t group by who; pragma integrity_check; pragma journal_mode;\""
     );
