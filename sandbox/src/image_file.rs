@@ -11,7 +11,7 @@ use std::path::Path;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::{Mode, SFlag, fstat};
 
-use crate::state_dir::read_capped;
+use crate::plain_file::read_capped;
 
 /// Finds a file without opening it.
 const FIND: OFlag = OFlag::O_PATH.union(OFlag::O_CLOEXEC);

@@ -15,7 +15,8 @@ use krx_vmm::kvm::probe::{self, ProbeError, Verdict};
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 
-use crate::state_dir::{StateRoot, read_capped};
+use crate::plain_file::read_capped;
+use crate::state_dir::StateRoot;
 
 /// A pod's VMM and its page tables, beside the guest's memory.
 const OVERHEAD_MIB: u64 = 16;

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use std::{env, process, thread};
@@ -22,6 +22,7 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::detached::Records;
+use crate::plain_file::{self, is_open_in, is_same, replace};
 
 /// Where all pods' directories lie, unless `KRX_STATE_DIR` says otherwise.
 const DEFAULT_ROOT: &str = "/run/krx";
@@ -67,6 +68,10 @@ pub enum StateError {
         #[source]
         source: io::Error,
     },
+    #[error(
+        "Process {pid} is said to be the VMM of pod {name}, and is not: nothing was killed. It may have ended just now; else somebody has written to the pod's directory: `krx ps` names the pod's owner"
+    )]
+    NotItsVmm { name: String, pid: u32 },
     #[error("{0} is not a state that this version of krx wrote")]
     Unreadable(PathBuf, #[source] serde_json::Error),
 }
@@ -285,11 +290,15 @@ impl StateRoot {
     /// Kills a pod's VMM.
     ///
     /// # Errors
-    /// No such pod, or one that has not got its container yet; the kernel refuses.
+    /// No such pod, or one that has not got its container yet; a PID that is none of the pod's; the kernel refuses.
     pub fn kill_vmm(&self, name: &str) -> Result<(), StateError> {
         let path = self.pod(name)?;
         let (_, state) = self.open(name)?;
         let failed = |error: Errno| StateError::Io { path: path.clone(), source: error.into() };
+        // The VMM can write that number, too. Only who keeps the name taken is to be killed.
+        if !is_open_in(state.vmm_pid, &path.join(LOCK)) {
+            return Err(StateError::NotItsVmm { name: name.into(), pid: state.vmm_pid });
+        }
         let pid = i32::try_from(state.vmm_pid).map(Pid::from_raw).map_err(|_| failed(Errno::ESRCH))?;
         match kill(pid, nix::sys::signal::SIGKILL) {
             Err(Errno::ESRCH) => Ok(()),
@@ -347,8 +356,7 @@ impl StateDir {
         let path = self.path.join(STATE);
         let failed = |source| StateError::Io { path: path.clone(), source };
         let json = serde_json::to_vec(state).map_err(|error| failed(error.into()))?;
-        let new = self.path.join("state.new");
-        fs::write(&new, json).and_then(|()| fs::rename(&new, &path)).map_err(failed)
+        replace(&path, &json).map_err(failed)
     }
 }
 
@@ -376,13 +384,9 @@ fn examine(path: &Path) -> Result<Option<Listed>, StateError> {
     };
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let file = path.join(STATE);
-    let state = match File::open(&file) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        opened => {
-            let json = opened.and_then(|file| read_capped(file, MAX_STATE)).map_err(failed)?;
-            Some(serde_json::from_slice(&json).map_err(|error| StateError::Unreadable(file, error))?)
-        }
-    };
+    let json = plain_file::read(&file, MAX_STATE).map_err(failed)?;
+    let parsed = json.map(|json| serde_json::from_slice(&json)).transpose();
+    let state = parsed.map_err(|error| StateError::Unreadable(file, error))?;
     Ok(Some(Listed { name, owner_pid, state }))
 }
 
@@ -390,7 +394,7 @@ pub(crate) fn try_lock(directory: &Path, create: bool) -> io::Result<Attempt> {
     let path = directory.join(LOCK);
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(create).truncate(false).mode(0o600);
-    let mut file = match options.open(&path) {
+    let mut file = match plain_file::open(&path, &mut options) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Attempt::Gone),
         opened => opened?,
     };
@@ -400,8 +404,8 @@ pub(crate) fn try_lock(directory: &Path, create: bool) -> io::Result<Attempt> {
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => {
             // Between open and lock the former owner may have removed the file: its lock then guards nothing.
-            let current =
-                fs::metadata(&path).is_ok_and(|now| lock.metadata().is_ok_and(|own| same(&own, &now)));
+            let current = fs::symlink_metadata(&path)
+                .is_ok_and(|now| lock.metadata().is_ok_and(|own| is_same(&own, &now)));
             if !current {
                 return Ok(Attempt::Gone);
             }
@@ -411,10 +415,6 @@ pub(crate) fn try_lock(directory: &Path, create: bool) -> io::Result<Attempt> {
         Err((_, Errno::EWOULDBLOCK)) => Ok(Attempt::Held(holder.trim().parse().unwrap_or_default())),
         Err((_, error)) => Err(error.into()),
     }
-}
-
-fn same(a: &fs::Metadata, b: &fs::Metadata) -> bool {
-    (a.dev(), a.ino()) == (b.dev(), b.ino())
 }
 
 /// Whether a process with this PID exists. PID 0 stands for a holder that has not written its own yet.
@@ -445,18 +445,9 @@ pub(crate) fn clear(path: &Path, keep: &[&str]) {
     }
 }
 
-/// Reads at most `limit` bytes; a longer file is an error rather than cut.
-pub(crate) fn read_capped(file: File, limit: u64) -> io::Result<Vec<u8>> {
-    let mut content = Vec::new();
-    file.take(limit + 1).read_to_end(&mut content)?;
-    if content.len() as u64 > limit {
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("File is over {limit} bytes")));
-    }
-    Ok(content)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::{MetadataExt, symlink};
     use std::sync::{Arc, Barrier};
 
     use super::*;
@@ -510,6 +501,41 @@ mod tests {
         assert_eq!(mode & 0o777, 0o700);
         drop(held);
         assert!(!scratch.path().join("made/web").exists());
+    }
+
+    /// What a VMM that its guest has taken over can put there.
+    #[test]
+    fn links_and_numbers_lead_nowhere() {
+        let scratch = Scratch::new("state");
+        let root = StateRoot::at(scratch.path());
+        let precious = scratch.write("precious", b"data");
+        let held = root.create("web").unwrap();
+        symlink(&precious, scratch.path().join("web/state.new")).unwrap();
+        let mut sleeper = process::Command::new("sleep").arg("60").spawn().unwrap();
+        held.publish(&PodState { vmm_pid: sleeper.id(), ..state("web") }).unwrap();
+        assert!(
+            matches!(root.kill_vmm("web"), Err(StateError::NotItsVmm { pid, .. }) if pid == sleeper.id())
+        );
+        assert!(sleeper.try_wait().unwrap().is_none());
+        // One that has the lock open is the VMM, or its owner.
+        sleeper.kill().unwrap();
+        sleeper.wait().unwrap();
+        let lock = File::open(scratch.path().join("web/lock")).unwrap();
+        let mut vmm = process::Command::new("sleep").arg("60").stdin(lock).spawn().unwrap();
+        held.publish(&PodState { vmm_pid: vmm.id(), ..state("web") }).unwrap();
+        root.kill_vmm("web").unwrap();
+        assert!(!vmm.wait().unwrap().success());
+        for (file, reason) in [("web/state.json", "state"), ("web/lock", "lock")] {
+            let file = scratch.path().join(file);
+            fs::remove_file(&file).unwrap();
+            symlink(&precious, &file).unwrap();
+            assert!(matches!(root.open("web"), Err(StateError::Io { .. })), "{reason}");
+            assert!(root.list().unwrap().is_empty(), "{reason}");
+        }
+        assert!(matches!(root.create("web"), Err(StateError::Io { .. })));
+        drop(held);
+        assert_eq!(fs::read(&precious).unwrap(), b"data");
+        assert!(!scratch.path().join("web").exists());
     }
 
     #[test]

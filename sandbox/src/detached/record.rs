@@ -4,9 +4,9 @@
 //! which has ended, or whose owner was killed; one that never started is removed by whoever meets it.
 
 use std::collections::BTreeMap;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use std::{process, thread};
@@ -15,9 +15,9 @@ use krx_proto::validate_id;
 use nix::fcntl::Flock;
 use serde::{Deserialize, Serialize};
 
+use crate::plain_file::{self, replace};
 use crate::state_dir::{
-    Attempt, CLEANING, LOCK, MAX_SOCKET_PATH, MAX_STATE, StateError, alive, clear, read_capped, remove,
-    try_lock,
+    Attempt, CLEANING, LOCK, MAX_SOCKET_PATH, MAX_STATE, StateError, alive, clear, remove, try_lock,
 };
 
 /// Not the name of a pod.
@@ -286,9 +286,7 @@ impl Keeping {
         let path = self.directory.join(RECORD);
         let failed = |source| StateError::Io { path: path.clone(), source };
         let json = serde_json::to_vec(record).map_err(|error| failed(error.into()))?;
-        let new = self.directory.join("record.new");
-        let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new);
-        file.and_then(|mut file| file.write_all(&json)).and_then(|()| fs::rename(&new, &path)).map_err(failed)
+        replace(&path, &json).map_err(failed)
     }
 
     /// Whether it is there when its owner is not any more.
@@ -311,12 +309,9 @@ impl Drop for Keeping {
 fn read(directory: &Path) -> Result<Option<Record>, StateError> {
     let path = directory.join(RECORD);
     let failed = |source| StateError::Io { path: path.clone(), source };
-    let file = match File::open(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        opened => opened.map_err(failed)?,
-    };
-    let json = read_capped(file, MAX_STATE).map_err(failed)?;
-    serde_json::from_slice(&json).map(Some).map_err(|error| StateError::Unreadable(path, error))
+    let json = plain_file::read(&path, MAX_STATE).map_err(failed)?;
+    let record = json.map(|json| serde_json::from_slice(&json)).transpose();
+    record.map_err(|error| StateError::Unreadable(path, error))
 }
 
 #[cfg(test)]

@@ -6,8 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::{Finding, Level, finding};
+use crate::plain_file::read_capped;
 use crate::settings::{Settings, SettingsError};
-use crate::state_dir::read_capped;
 
 /// By this name containerd finds the shim.
 pub const RUNTIME_TYPE: &str = "io.containerd.krx.v2";

@@ -24,7 +24,7 @@ use nix::fcntl::OFlag;
 use self::annotations::Annotation;
 use self::file::{Fault, File};
 use self::units::KernelArgs;
-use crate::state_dir::read_capped;
+use crate::plain_file::read_capped;
 
 /// Where the settings are.
 pub const PATH: &str = "/etc/krx/config.toml";
