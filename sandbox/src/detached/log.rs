@@ -10,13 +10,13 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
+use humantime::format_rfc3339_nanos;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
 use super::OutputStream;
-use super::log_time::rfc3339;
 
 /// Largest of the two files.
 pub const SEGMENT: u64 = 4 << 20;
@@ -24,6 +24,9 @@ pub const SEGMENT: u64 = 4 << 20;
 const MAX_TEXT: usize = 16 << 10;
 /// With the words before it. What is longer is nothing of ours, and left out.
 const MAX_LINE: u64 = MAX_TEXT as u64 + 128;
+
+/// The end of the year 9999.
+const LAST: Duration = Duration::from_secs(253_402_300_799);
 
 fn current(directory: &Path) -> PathBuf {
     directory.join("log")
@@ -55,7 +58,7 @@ impl LogWriter {
     /// Adds what was written at a time since 1970. Where that cannot be, as on a full file system, it is left out: a
     /// container is not to be held up by its log.
     pub fn append(&mut self, stream: OutputStream, bytes: &[u8], at: Duration) {
-        let stamp = rfc3339(at);
+        let stamp = stamp(at);
         if self.lost > 0 {
             let text = format!("krx: {} bytes of output could not be written to this log\n", self.lost);
             let told = self.write(&entry(&stamp, OutputStream::Stderr, text.as_bytes()));
@@ -99,6 +102,12 @@ impl LogWriter {
         }
         written
     }
+}
+
+/// RFC 3339, in UTC, to the nanosecond.
+fn stamp(since_1970: Duration) -> String {
+    // As far as that format goes: a clock can be set to any time.
+    format_rfc3339_nanos(UNIX_EPOCH + since_1970.min(LAST)).to_string()
 }
 
 fn open_new(directory: &Path) -> io::Result<File> {
@@ -310,6 +319,12 @@ mod tests {
             (entry.stamp, entry.stream, entry.full, entry.text),
             (STAMP, OutputStream::Stdout, false, &b"tw"[..])
         );
+    }
+
+    #[test]
+    fn any_time_has_a_stamp() {
+        assert_eq!(stamp(Duration::new(951_782_400, 7)), "2000-02-29T00:00:00.000000007Z");
+        assert_eq!(stamp(Duration::MAX), "9999-12-31T23:59:59.000000000Z");
     }
 
     #[test]

@@ -7,7 +7,6 @@
 
 pub mod attachment;
 pub mod log;
-mod log_time;
 mod record;
 pub mod relay;
 mod wire;
