@@ -1,9 +1,11 @@
 //! A directory of a test's own, removed when dropped. A process of its own removes it when the test's is killed, and in an
 //! emulated host, which may be killed as a whole, it lies in that host's memory.
 
-use std::fs;
+use std::fs::{self, DirBuilder};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -41,13 +43,14 @@ impl Scratch {
     /// When it cannot be made.
     #[must_use]
     pub fn under(directory: &Path) -> Self {
+        // Not named by PID: those of an emulated host are those of the one before. Short, and never twice.
+        let chance = RandomState::new().build_hasher().finish() & 0xff_ffff_ffff;
+        let path = directory.join(format!("{PREFIX}{chance:010x}"));
         // The keeper before there is something to be removed.
         let mut keeper = KEPT.lock().expect("lock");
-        // Not named by PID: those of an emulated host are those of the one before.
-        let path =
-            nix::unistd::mkdtemp(&directory.join(format!("{PREFIX}XXXXXX"))).expect("scratch directory");
         let told = keeper.stdin.as_mut().expect("piped");
         told.write_all(&[path.as_os_str().as_bytes(), b"\n"].concat()).expect("keeper");
+        DirBuilder::new().mode(0o700).create(&path).expect("scratch directory");
         Self(path)
     }
 

@@ -9,11 +9,12 @@ use std::fs::{self, OpenOptions, Permissions};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use nix::mount::{MsFlags, mount, umount};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tests::dice::Dice;
 use tests::pod::{Ended, Place, finish, finish_within, until};
 
 /// Longest that a program may take; emulated, and beside another.
@@ -211,13 +212,10 @@ fn a_full_file_system_is_told() {
 #[test]
 fn random_operations_on_a_file_agree_with_a_model() {
     let Some(place) = place("programs") else { return };
-    let given = std::env::var("KRX_SEED").ok().and_then(|seed| seed.parse().ok());
-    let clock = SystemTime::now().duration_since(UNIX_EPOCH).expect("time").as_secs();
-    let (seed, runs, steps) =
-        (given.unwrap_or(clock), if is_full() { 10 } else { 1 }, if is_full() { 10_000 } else { 1000 });
-    println!("    KRX_SEED={seed}");
+    let (runs, steps) = if is_full() { (10, 10_000) } else { (1, 1000) };
+    let mut dice = Dice::new();
     for turn in 0..runs {
-        let (seed, file) = ((seed + turn).to_string(), format!("/data/{turn}"));
+        let (seed, file) = (dice.below(1 << 32).to_string(), format!("/data/{turn}"));
         let ended = run(&place, &["/workload", "exercise", &file, &seed, &steps.to_string()]);
         assert_eq!(ended.code, 0, "KRX_SEED={seed}: {}{}", ended.out, ended.err);
         // The file on this side is the model's, too.
@@ -277,7 +275,8 @@ const PYTHON_FAILS: [(&str, &str); 2] = [
     ("test.test_os.UtimeTests.test_utime_current_old", GUEST_CLOCK),
 ];
 /// They allow for 50 ms.
-const GUEST_CLOCK: &str = "`now` as a file's time is the host's; the guest's clock is behind it by what its boot lost, 0.2 s if emulated";
+const GUEST_CLOCK: &str =
+    "`now` as a file's time is the host's; the guest's clock was seen 0.1 to 0.2 s behind it, emulated";
 
 #[test]
 fn python_passes_its_own_tests() {
@@ -297,10 +296,8 @@ fn python_passes_its_own_tests() {
 }
 
 #[test]
+#[ignore = "takes long, and needs packages for it: KRX_FULL=1 scripts/e2e programs"]
 fn node_java_and_nginx_run() {
-    if !is_full() {
-        return;
-    }
     let Some(place) = place("runtimes") else { return };
     fs::write(place.scratch.join("data/node.js"), include_str!("programs/node.js")).expect("script");
     let ended = run(&place, &["node", "/data/node.js"]).ok();
