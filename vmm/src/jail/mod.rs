@@ -13,6 +13,7 @@
 //! PID namespace, which it could only leave by a fork, and stays root, as it serves files of all owners.
 
 pub mod capabilities;
+mod decision;
 pub mod janitor;
 pub mod landlock;
 pub mod root;

@@ -8,11 +8,11 @@ use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
 use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule,
 };
 
 use self::Argument::{Is, Lacks, Masked};
+use super::decision;
 use crate::exit_code::ExitCode;
 use crate::report;
 
@@ -355,6 +355,10 @@ pub fn confine(kind: Kind) {
 }
 
 fn compile(kind: Kind) -> Result<BpfProgram, BackendError> {
+    decision::compile(rules(kind)?, SeccompAction::KillProcess, SeccompAction::Allow)
+}
+
+fn rules(kind: Kind) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     for Call(call, argument) in kind.calls().iter().copied().flatten() {
         // A call without a rule is allowed whatever its arguments are.
@@ -365,14 +369,14 @@ fn compile(kind: Kind) -> Result<BpfProgram, BackendError> {
     }
     // Signals to threads of this process: kicks, and the one of a panic.
     rules.insert(libc::SYS_tgkill, vec![rule(0, Is(std::process::id().into()))?]);
-    filter(rules, SeccompAction::KillProcess, SeccompAction::Allow)
+    Ok(rules)
 }
 
 /// Has `clone3` fail as on a kernel that does not know it: its flags lie in memory, where no filter sees them, so the C library
 /// has to use `clone`.
 fn without_clone3() -> Result<BpfProgram, BackendError> {
     let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
-    filter(rules, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS.cast_unsigned()))
+    decision::compile(rules, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS.cast_unsigned()))
 }
 
 fn rule(index: u8, argument: Argument) -> Result<SeccompRule, BackendError> {
@@ -385,19 +389,14 @@ fn rule(index: u8, argument: Argument) -> Result<SeccompRule, BackendError> {
     SeccompRule::new(vec![SeccompCondition::new(index, SeccompCmpArgLen::Dword, operator, value)?])
 }
 
-fn filter(
-    rules: BTreeMap<i64, Vec<SeccompRule>>,
-    otherwise: SeccompAction,
-    listed: SeccompAction,
-) -> Result<BpfProgram, BackendError> {
-    SeccompFilter::new(rules, otherwise, listed, TargetArch::x86_64)?.try_into()
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
 
+    use seccompiler::{SeccompFilter, TargetArch};
+
     use super::*;
+    use crate::jail::decision::tests::judge;
 
     #[test]
     fn filter_of_each_kind_compiles() {
@@ -408,6 +407,36 @@ mod tests {
         }
         without_clone3().unwrap();
     }
+
+    /// Each number, with arguments that are right for one list or another, or for none.
+    #[test]
+    fn filters_say_what_those_of_the_library_say_and_sooner() {
+        for kind in Kind::ALL {
+            let (program, rules) = (compile(kind).unwrap(), rules(kind).unwrap());
+            let arguments = kind.calls().iter().copied().flatten().filter_map(|Call(_, argument)| *argument);
+            let values = arguments.map(|(_, Is(value) | Lacks(value) | Masked(_, value))| value);
+            let mut values: BTreeSet<u64> = values.collect();
+            values.extend([0, 1, u64::MAX, 1 << 32, std::process::id().into()]);
+            let (kill, allow) = (SeccompAction::KillProcess, SeccompAction::Allow);
+            let library = SeccompFilter::new(rules, kill, allow, TargetArch::x86_64).unwrap();
+            let library: BpfProgram = library.try_into().unwrap();
+            let (mut steps, mut librarys) = (0, 0);
+            for (architecture, number) in (0..600).map(|number| (X86_64, number)).chain(OTHERS) {
+                for value in &values {
+                    let said = judge(&program, architecture, number, [*value; 6]);
+                    let expected = judge(&library, architecture, number, [*value; 6]);
+                    assert_eq!(said.0, expected.0, "{kind:?}: {architecture:#x} {number} {value:#x}");
+                    (steps, librarys) = (steps + said.1, librarys + expected.1);
+                }
+            }
+            assert!(steps * 2 < librarys, "{kind:?}: {steps}, {librarys}");
+        }
+    }
+
+    const X86_64: u32 = 0xc000_003e;
+    /// i386's numbers, and x32's.
+    const OTHERS: [(u32, u32); 4] =
+        [(0x4000_0003, 0), (0x4000_0003, 16), (X86_64, 0x4000_0010), (X86_64, u32::MAX)];
 
     /// A call that one group allows with any argument and another with one would be allowed with that one only.
     #[test]
@@ -490,7 +519,7 @@ mod tests {
             (libc::SYS_mmap, vec![rule(2, Lacks(bits(libc::PROT_EXEC))).unwrap()]),
         ]);
         let denied = SeccompAction::Errno(libc::EPERM.cast_unsigned());
-        let program = filter(rules, SeccompAction::Allow, denied).unwrap();
+        let program = decision::compile(rules, SeccompAction::Allow, denied).unwrap();
         std::thread::spawn(move || {
             seccompiler::apply_filter(&program).unwrap();
             assert!(nix::sys::prctl::set_name(c"x").is_err());
