@@ -1,6 +1,6 @@
 # krx: `make demo` shows it, `make test` tests it, `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup build install deb kernel initramfs rootfs containerd demo test e2e soak lint check bench fuzz fmt clean
+.PHONY: help setup build install deb kernel initramfs rootfs containerd demo test e2e soak lint check bench profile fuzz fmt clean
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 
 help: ## This list
@@ -53,6 +53,9 @@ bench: build rootfs containerd ## Latency and memory in counted time, in the emu
 	@scripts/workload && rootfs/software-rootfs.sh throughput
 	@failed=; for bench in $(or $(BENCH),boot containerd throughput); do \
 		cargo bench --locked -p benches --bench $$bench -- --icount $(ARGS) || failed="$$failed $$bench"; done; [ -z "$$failed" ]
+
+profile: build ## Where the counted time of a start goes, by function; WHAT=vm or container, ARGS="--runs N --top N"
+	@cargo build --locked --quiet --profile bench -p benches --bin profiled && benches/profile/profile.py $(or $(WHAT),vm) $(ARGS)
 
 fuzz: setup ## Every fuzz target for TIME=60 seconds (libFuzzer; needs g++)
 	@fuzz/run $(or $(TIME),60)

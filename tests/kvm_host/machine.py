@@ -65,6 +65,7 @@ class Shape:
     """What can be chosen about a host."""
 
     icount: bool = False
+    plugin: str = ""  # of TCG, with its arguments
     memory: int = 4096  # MiB
     # More than one is faster and now and then wrong: on several threads QEMU 7.2, and 10.0, runs code that was replaced
     # meanwhile. A guest triple-faults, or the host's kernel dies, once in a hundred boots, the more the busier
@@ -178,6 +179,8 @@ class Machine:
             # virtiofsd is: without a barrier between asking for an interrupt and looking at the ring, the last interrupt
             # is lost once in a hundred runs, and all programs wait for their files. One that could get a second CPU has them.
             command += ["-accel", f"tcg,thread=multi,tb-size={TRANSLATED}", "-smp", f"{shape.cpus},maxcpus={max(shape.cpus, 2)}"]
+        if shape.plugin:
+            command += ["-plugin", shape.plugin]
         command += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         command += ["-object", f"memory-backend-memfd,id=ram,size={shape.memory}M,share=on"]
         command += ["-numa", "node,memdev=ram"]

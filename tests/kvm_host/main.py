@@ -38,6 +38,7 @@ def interrupt(number, _frame):
 def parse(arguments):
     parser = argparse.ArgumentParser("kvm-host", USAGE, __doc__, allow_abbrev=False)
     parser.add_argument("--icount", action="store_true", help="count instructions as time, on a host of its own")
+    parser.add_argument("--plugin", default="", metavar="FILE[,...]", help="of QEMU's TCG, for a host of its own")
     parser.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds for the command (600)")
     parser.add_argument("--memory", type=int, metavar="MIB", help="memory of the emulated host (4096)")
     parser.add_argument("--cpus", type=int, metavar="N", help="CPUs of the emulated host (1)")
@@ -60,7 +61,7 @@ def parse(arguments):
 
 
 def shape_of(options):
-    shape = Shape(icount=options.icount)
+    shape = Shape(icount=options.icount, plugin=options.plugin)
     shape.memory = options.memory or shape.memory
     shape.cpus = options.cpus or shape.cpus
     return shape
@@ -83,7 +84,7 @@ def run(options):
         return 0 if here else resident.start(shape_of(options), options.idle, options.companion)
     if here:
         return native.run(options.command, options.timeout)
-    own = options.private or options.icount or options.memory or options.cpus
+    own = options.private or options.plugin or options.icount or options.memory or options.cpus
     if not own:
         keeper = resident.connect()
         if keeper:
