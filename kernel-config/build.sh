@@ -16,6 +16,7 @@ out=${1:-$guest/vmlinux}
 cache=$guest/linux
 fragment=$here/x86_64.config
 edits=$here/edit-source.sh
+order=$here/boot-order
 recorded=$here/SOURCE
 
 say() { echo "kernel: $*"; }
@@ -48,7 +49,7 @@ else
 fi
 stamp=$({
     echo "$identity"
-    cat "$fragment" "$edits" "${BASH_SOURCE[0]}"
+    cat "$fragment" "$edits" "$order" "$here/sort-jump-table.py" "$here/vmlinux.py" "${BASH_SOURCE[0]}"
 } | sha256sum | cut -d ' ' -f 1)
 
 mkdir -p "$cache" "$(dirname "$out")"
@@ -66,6 +67,7 @@ rm -f "$cache/stamp"
 
 install_kernel() { # FROM: under its name only when complete
     cp "$1" "$out.partial"
+    [[ -n ${KERNEL:-} ]] || "$here/sort-jump-table.py" "$out.partial"
     strip --strip-debug "$out.partial"
     mv "$out.partial" "$out"
     echo "$stamp $out" >"$cache/stamp"
@@ -128,8 +130,10 @@ else
         echo "$unpacked" >"$cache/unpacked"
     fi
     # Somebody's own tree is left as it is.
-    "$edits" "$tree"
+    "$edits" "$tree" "$order"
 fi
+flags=()
+[[ ! -f $tree/arch/x86/kernel/krx-order.h ]] || flags=(KCFLAGS=-ffunction-sections)
 
 # ---- configuration ----
 
@@ -162,7 +166,7 @@ jobs=${JOBS:-$(nproc)}
 say "compiling $(grep -c '=y$' "$build/.config") options' worth with $jobs jobs; log in $build/make.log"
 objects=0 shown=0
 SECONDS=0
-if ! kmake -j"$jobs" vmlinux bzImage 2>&1 | tee "$build/make.log" | while IFS= read -r line; do
+if ! kmake -j"$jobs" "${flags[@]}" vmlinux bzImage 2>&1 | tee "$build/make.log" | while IFS= read -r line; do
     case $line in
     *'  CC '* | *'  AS '*) objects=$((objects + 1)) ;;
     *'  LD '*vmlinux* | *'  SORTTAB '*) say "linking ${line##* } after $objects objects, $SECONDS s" ;;

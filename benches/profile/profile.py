@@ -163,10 +163,15 @@ def main():
     parser.add_argument("what", nargs="?", default="vm", choices=["vm", "container"])
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--top", type=int, default=40, help="functions of each owner (40)")
+    parser.add_argument("--order", action="store_true", help="only names of the guest's functions, for kernel-config/boot-order.py")
     options = parser.parse_args()
     if not shutil.which("gcc"):
         sys.exit("profile.py: gcc is missing: apt-get install gcc")
-    show(profile(options.what, options.runs), options.top)
+    figures = profile(options.what, options.runs)
+    if options.order:
+        print("\n".join(sorted(name for owner, name in figures if owner == "guest kernel")))
+    else:
+        show(figures, options.top)
 
 
 if __name__ == "__main__":
