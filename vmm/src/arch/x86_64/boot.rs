@@ -49,8 +49,8 @@ pub struct Initramfs {
     pub size: u64,
 }
 
-/// Copies the initramfs to the end of the memory below the hole, away from the kernel. A mapping would cost an exit for each
-/// page, for a file that is read once; the guest frees it.
+/// Copies the initramfs behind the kernel. A mapping would cost an exit for each page, for a file that is read once; the guest
+/// frees it.
 ///
 /// # Errors
 /// Unreadable or empty files, and files that do not fit between the kernel and the end of memory.
@@ -88,8 +88,9 @@ pub fn load_initramfs_from(
     }
     let too_large = || BootError::InitramfsTooLarge { path: path.to_path_buf(), mib: size.div_ceil(1 << 20) };
     let low_end = memory.last_addr().0.saturating_add(1).min(layout::HOLE_START);
-    let address = low_end.checked_sub(size).ok_or_else(too_large)? / PAGE_SIZE * PAGE_SIZE;
-    if address < kernel_end.next_multiple_of(PAGE_SIZE) || u32::try_from(address + size).is_err() {
+    // Beside the kernel, in a huge page that is there: at memory's end, where the kernel has its own tables, it would take another.
+    let address = kernel_end.next_multiple_of(PAGE_SIZE);
+    if address.checked_add(size).is_none_or(|end| end > low_end) {
         return Err(too_large());
     }
     kernel::copy(memory, file, 0, address, size).map_err(read_error)?;
@@ -180,12 +181,12 @@ mod tests {
     }
 
     #[test]
-    fn initramfs_lies_at_the_end_of_memory_byte_for_byte() {
+    fn initramfs_lies_behind_the_kernel_byte_for_byte() {
         let memory = testing::memory(32);
         let path = initramfs("good", 2 * PAGE_SIZE + 5);
-        let placed = load_initramfs(&memory, &path, 0x100_0000).unwrap();
+        let placed = load_initramfs(&memory, &path, 0x100_0001).unwrap();
         std::fs::remove_file(path).unwrap();
-        assert_eq!(placed, Initramfs { address: (32 << 20) - 3 * PAGE_SIZE, size: 2 * PAGE_SIZE + 5 });
+        assert_eq!(placed, Initramfs { address: 0x100_0000 + PAGE_SIZE, size: 2 * PAGE_SIZE + 5 });
         let last: u8 = memory.read_obj(GuestAddress(placed.address + placed.size - 1)).unwrap();
         assert_eq!(last, b'x');
     }

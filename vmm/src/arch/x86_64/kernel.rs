@@ -21,6 +21,9 @@ use crate::sys::{self, HUGE_PAGE, PAGE_SIZE};
 const MAX_IMAGE: u64 = 1 << 30;
 /// Linux has 4 or 5 program headers; stops a header from claiming 65,535.
 const MAX_SEGMENTS: u16 = 64;
+/// Of what could be mapped: krx's kernel has there the code that a start executes, and that it changes as it boots
+/// (`kernel-config/boot-order`). A page that is mapped is an exit when it is touched, and one more when it is changed.
+const COPIED: u64 = HUGE_PAGE;
 /// Flag of a segment: writable.
 const PF_W: u32 = 2;
 const CLASS_64: u8 = 2;
@@ -195,12 +198,13 @@ fn segments(table: &[u8], file_length: u64) -> Result<Vec<Segment>, &'static str
     if found.is_empty() { Err("it has no loadable segment") } else { Ok(found) }
 }
 
-/// Maps what a segment has of whole huge pages and is not written: text and constants. All else is copied, into huge
-/// pages: the kernel writes to most pages of its data, and the rest of a huge page, where the kernel's next segment or
-/// its free memory begins, would be touched 4 KiB at a time. Memory behind the file's part is zero already.
+/// Maps what a segment has of whole huge pages and is not written, text and constants, but for the first [`COPIED`]. All else
+/// is copied, into huge pages: the kernel writes to most pages of its data, and the rest of a huge page, where the
+/// kernel's next segment or its free memory begins, would be touched 4 KiB at a time. Memory behind the file's part is
+/// zero already.
 fn place(memory: &GuestMemoryMmap, file: &File, segment: Segment) -> io::Result<()> {
     let Segment { offset, guest, file_size, .. } = segment;
-    let start = guest.next_multiple_of(HUGE_PAGE);
+    let start = guest.next_multiple_of(HUGE_PAGE).saturating_add(COPIED);
     let end = (guest + file_size) / HUGE_PAGE * HUGE_PAGE;
     let congruent = offset.is_multiple_of(PAGE_SIZE) && guest.is_multiple_of(PAGE_SIZE);
     if segment.writable || !congruent || start >= end {

@@ -132,7 +132,8 @@ fn an_initramfs_lies_between_the_kernel_and_the_end() {
         placed.set(placed.get() + 1);
         assert_eq!((initramfs.size, initramfs.address % PAGE_SIZE), (size, 0));
         let end = initramfs.address + initramfs.size;
-        assert!(initramfs.address >= kernel_end && end <= low_end && low_end - end < PAGE_SIZE);
+        assert_eq!(initramfs.address, kernel_end.next_multiple_of(PAGE_SIZE));
+        assert!(end <= low_end);
         let last: u8 = memory.read_obj(GuestAddress(end - 1)).unwrap();
         assert_eq!(last, b'x');
         // The zero page has them in 32 bits, and the map of memory has no byte of the hole or of what is fixed.
