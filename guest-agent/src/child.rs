@@ -6,31 +6,33 @@
 //! The agent made itself undumpable, which the child inherits until its exec: nobody in the container it enters can
 //! look into its memory or its descriptors.
 
+use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use krx_proto::{AgentError, ErrorKind, TerminalSize};
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open, openat};
+use nix::fcntl::{OFlag, open};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::SigSet;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use nix::sys::stat::{Mode, SFlag, fstat, umask};
-use nix::unistd::{Gid, Uid, fchdir, fchown, read, sethostname, setsid, write};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{Uid, fchdir, fchown, read, sethostname, setsid};
 
 use crate::container::{ContainerPlan, NEW_TIME};
 use crate::error::{Doing, StepError};
+use crate::guest::write_file;
 use crate::hooks::{HooksPlan, Point};
+use crate::outside::{Outside, become_root};
 use crate::process::ProcessPlan;
 use crate::rootfs::{self, Root};
-use crate::sys;
 use crate::terminal::Pair;
+use crate::user_namespace::is_own_parameter;
+use crate::{sources, sys};
 
 /// Longest report, so that a program name of megabytes does not exceed what the socket takes.
 pub(crate) const MAX_REPORT: usize = 4096;
 const MAX_MESSAGE: usize = 2048;
-/// Soft limit of descriptors a process starts with: what Linux gives, programs with select(2) rely on it.
-const USUAL_DESCRIPTORS: u64 = 1024;
 
 /// What the child holds of what it shares with the agent.
 #[derive(Debug)]
@@ -48,10 +50,12 @@ pub(crate) enum ChildStdio {
 /// What the child says to the agent: once when it is ready, and again when its exec has failed.
 pub(crate) type Report = Result<(), AgentError>;
 
-/// The container's first process; it is in the container's namespaces already, but for the cgroup namespace.
-pub(crate) fn first(plan: &ContainerPlan, ends: &ChildEnds) -> ! {
-    let disk: Vec<_> = plan.root.disk.iter().map(AsFd::as_fd).collect();
-    run(ends, &plan.process, &disk, || {
+/// The container's first process; it is in the container's namespaces already, but for the cgroup namespace. Where there is
+/// a user namespace among them, `outside` is who can do what it cannot.
+pub(crate) fn first(plan: &ContainerPlan, ends: &ChildEnds, outside: Option<&Outside>) -> ! {
+    let keep: Vec<_> = plan.root.disk.iter().map(AsFd::as_fd).chain(outside.map(AsFd::as_fd)).collect();
+    run(ends, &plan.process, &keep, || {
+        outside.map_or(Ok(()), Outside::await_ids)?;
         let proc = open_proc()?;
         // Here and not at the fork: its root is the cgroup of the process that makes it.
         let late = plan.namespaces & (CloneFlags::CLONE_NEWCGROUP | NEW_TIME);
@@ -63,32 +67,70 @@ pub(crate) fn first(plan: &ContainerPlan, ends: &ChildEnds) -> ! {
         if plan.namespaces.contains(CloneFlags::CLONE_NEWNET) {
             sys::socket::loopback_up().doing(|| "Cannot set the loopback interface up")?;
         }
-        if let Some(hostname) = &plan.hostname {
-            sethostname(hostname).doing(|| format!("Cannot set the hostname {hostname}"))?;
+        let root = match outside {
+            None => {
+                name(plan)?;
+                let mut taken = VecDeque::new();
+                sources::take(&plan.root, |tree| {
+                    taken.push_back(tree);
+                    Ok(())
+                })?;
+                let missing = || StepError::new("Cannot make the container's mounts", Errno::ENOENT).into();
+                rootfs::enter(&plan.root, &plan.process.cwd, || taken.pop_front().ok_or_else(missing))?
+            }
+            Some(outside) => {
+                // Not earlier: the process's own files in /proc are the guest's root's.
+                become_root()?;
+                rootfs::enter(&plan.root, &plan.process.cwd, || outside.next_source())?
+            }
+        };
+        for (path, value) in &plan.sysctls {
+            if outside.is_none() || is_own_parameter(path, plan.namespaces) {
+                set_sysctl(proc.as_fd(), path, value)?;
+            }
         }
-        if let Some(domainname) = &plan.domainname {
-            sys::process::set_domainname(domainname)
-                .doing(|| format!("Cannot set the domain name {domainname}"))?;
-        }
-        let root = rootfs::enter(&plan.root, &plan.process.cwd)?;
-        plan.sysctls.iter().try_for_each(|(path, value)| set_sysctl(proc.as_fd(), path, value))?;
         plan.hooks.run(Point::Create)?;
-        Ok(Entered { root, proc, is_first: true, hooks: Some(&plan.hooks) })
+        let limits = outside.map_or(Limits::Own, Limits::Outside);
+        Ok(Entered { root, proc, limits, is_first: true, hooks: Some(&plan.hooks) })
     })
+}
+
+/// Sets the names of the calling process's UTS namespace.
+pub(crate) fn name(plan: &ContainerPlan) -> Result<(), StepError> {
+    if let Some(hostname) = &plan.hostname {
+        sethostname(hostname).doing(|| format!("Cannot set the hostname {hostname}"))?;
+    }
+    if let Some(domainname) = &plan.domainname {
+        sys::process::set_domainname(domainname)
+            .doing(|| format!("Cannot set the domain name {domainname}"))?;
+    }
+    Ok(())
 }
 
 /// A further process: it joins the namespaces of the first one.
 pub(crate) fn further(plan: &ProcessPlan, ends: &ChildEnds, first: BorrowedFd<'_>, joined: CloneFlags) -> ! {
     run(ends, plan, &[first], || {
         let proc = open_proc()?;
+        let joins_users = joined.contains(CloneFlags::CLONE_NEWUSER);
+        if joins_users {
+            plan.govern(0, proc.as_fd())?;
+        }
         setns(first, joined).doing(|| "Cannot join the container's namespaces")?;
-        Ok(Entered { root: Root::own()?, proc, is_first: false, hooks: None })
+        if joins_users {
+            become_root()?;
+        }
+        let limits = if joins_users { Limits::Set } else { Limits::Own };
+        Ok(Entered { root: Root::own()?, proc, limits, is_first: false, hooks: None })
     })
 }
 
 /// A process that does work for the agent which may block, says how that went, and ends.
-pub(crate) fn helper(sync: BorrowedFd<'_>, work: impl FnOnce() -> Result<(), StepError>) -> ! {
-    let done = leave_agent(&[sync]).and_then(|()| work());
+pub(crate) fn helper(
+    sync: BorrowedFd<'_>,
+    keep: &[BorrowedFd<'_>],
+    work: impl FnOnce() -> Result<(), StepError>,
+) -> ! {
+    let done = leave_agent(&[&[sync], keep].concat()).and_then(|()| work());
     let _ = report(sync, &done.map_err(AgentError::from), None);
     sys::process::exit(0)
 }
@@ -98,8 +140,18 @@ struct Entered<'a> {
     root: Root,
     /// The guest's `/proc`, which the container's may not resemble.
     proc: OwnedFd,
+    limits: Limits<'a>,
     is_first: bool,
     hooks: Option<&'a HooksPlan>,
+}
+
+/// Who sets what [`ProcessPlan::govern`] does.
+enum Limits<'a> {
+    /// The process itself, in the guest's user namespace.
+    Own,
+    /// It has done so before it joined another.
+    Set,
+    Outside(&'a Outside),
 }
 
 fn run<'a>(
@@ -172,18 +224,13 @@ fn gaps(keep: &mut [u32]) -> Vec<(u32, u32)> {
 }
 
 /// Everything but the exec. Returns the controlling end of the terminal, if there is one.
-fn prepare(at: &Entered<'_>, plan: &ProcessPlan, ends: &ChildEnds) -> Result<Option<OwnedFd>, StepError> {
-    let hard = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
-        .doing(|| "Cannot read the limit of descriptors")?
-        .1;
-    sys::process::set_rlimit(libc::RLIMIT_NOFILE, USUAL_DESCRIPTORS.min(hard), hard)
-        .doing(|| "Cannot set the limit of descriptors")?;
-    plan.limit()?;
-    plan.schedule()?;
-    if let Some(score) = plan.oom_score_adj {
-        write_file(at.proc.as_fd(), "self/oom_score_adj", &score.to_string())
-            .doing(|| format!("Cannot set oom_score_adj to {score}"))?;
+fn prepare(at: &Entered<'_>, plan: &ProcessPlan, ends: &ChildEnds) -> Result<Option<OwnedFd>, AgentError> {
+    match at.limits {
+        Limits::Own => plan.govern(0, at.proc.as_fd())?,
+        Limits::Set => {}
+        Limits::Outside(outside) => outside.await_limits()?,
     }
+    plan.take_personality()?;
     let controller = connect_stdio(at, plan, &ends.stdio)?;
     // Not by chdir(2): a path through /proc could lead to a descriptor.
     let cwd = &plan.cwd;
@@ -200,16 +247,9 @@ fn connect_stdio(
     stdio: &ChildStdio,
 ) -> Result<Option<OwnedFd>, StepError> {
     let doing = || "Cannot connect the standard streams";
-    let user = &plan.credentials.user;
     match stdio {
         ChildStdio::Streams { stdin, stdout, stderr } => {
             for (stream, number) in [(stdin, 0), (stdout, 1), (stderr, 2)] {
-                // A process may open its streams anew by /proc/self/fd; only their owner can. /dev/null is nobody's.
-                let mode = SFlag::from_bits_truncate(fstat(stream).doing(doing)?.st_mode);
-                if mode & SFlag::S_IFMT == SFlag::S_IFIFO {
-                    fchown(stream, Some(Uid::from_raw(user.uid)), Some(Gid::from_raw(user.gid)))
-                        .doing(doing)?;
-                }
                 sys::process::duplicate_onto(stream.as_fd(), number).doing(doing)?;
             }
             Ok(None)
@@ -219,7 +259,7 @@ fn connect_stdio(
             if at.is_first {
                 pair.show_as_console(&at.root)?;
             }
-            fchown(&pair.peer, Some(Uid::from_raw(user.uid)), None).doing(doing)?;
+            fchown(&pair.peer, Some(Uid::from_raw(plan.credentials.user.uid)), None).doing(doing)?;
             sys::terminal::set_controlling(pair.peer.as_fd())
                 .doing(|| "Cannot make the terminal the controlling one")?;
             for number in 0..3 {
@@ -230,24 +270,18 @@ fn connect_stdio(
     }
 }
 
-fn open_proc() -> Result<OwnedFd, StepError> {
+pub(crate) fn open_proc() -> Result<OwnedFd, StepError> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     open("/proc", flags, Mode::empty()).doing(|| "Cannot open the guest's /proc")
 }
 
 /// Kernel parameters of the container's namespaces: the kernel shows each process those of its own.
-fn set_sysctl(proc: BorrowedFd<'_>, path: &str, value: &str) -> Result<(), StepError> {
+pub(crate) fn set_sysctl(proc: BorrowedFd<'_>, path: &str, value: &str) -> Result<(), StepError> {
     write_file(proc, &format!("sys/{path}"), value)
         .doing(|| format!("Cannot set the kernel parameter {path} to {value}"))
 }
 
-fn write_file(directory: BorrowedFd<'_>, path: &str, text: &str) -> nix::Result<()> {
-    let file = openat(directory, path, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
-    // These files take a value in one write or not at all.
-    write(file, text.as_bytes()).map(drop)
-}
-
-fn report(sync: BorrowedFd<'_>, report: &Report, terminal: Option<&OwnedFd>) -> nix::Result<()> {
+pub(crate) fn report(sync: BorrowedFd<'_>, report: &Report, terminal: Option<&OwnedFd>) -> nix::Result<()> {
     let report = report.clone().map_err(|mut error| {
         let end =
             (0..=MAX_MESSAGE.min(error.message.len())).rev().find(|at| error.message.is_char_boundary(*at));

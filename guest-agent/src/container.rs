@@ -5,7 +5,8 @@ use std::ffi::CString;
 use std::os::fd::OwnedFd;
 
 use krx_proto::{
-    AgentError, ContainerSpec, Device, MOUNT_LIVE, MOUNT_SHM, Mount, Namespace, TimeOffset, validate_id,
+    AgentError, ContainerSpec, Device, MOUNT_LIVE, MOUNT_SHM, Mount, Namespace, TimeOffset, UserNamespace,
+    validate_id,
 };
 use nix::sched::CloneFlags;
 
@@ -15,6 +16,7 @@ use crate::hooks::HooksPlan;
 use crate::limits::Limits;
 use crate::mount_options::{Bind, MountOptions};
 use crate::process::{ProcessPlan, c_string};
+use crate::user_namespace::{self, is_the_guest_s};
 use crate::{live, shm};
 
 /// Caps on a container's lists. A frame's size bounds them too, but every mount costs kernel memory that is charged to
@@ -32,6 +34,8 @@ pub(crate) const NEW_TIME: CloneFlags = CloneFlags::from_bits_retain(libc::CLONE
 pub(crate) struct ContainerPlan {
     /// New namespaces, the mount namespace included.
     pub(crate) namespaces: CloneFlags,
+    /// With a new user namespace, which owns the others.
+    pub(crate) user_namespace: Option<UserNamespace>,
     pub(crate) hostname: Option<String>,
     pub(crate) domainname: Option<String>,
     /// Lines for `/proc/self/timens_offsets`.
@@ -57,13 +61,38 @@ pub(crate) struct RootPlan {
     pub(crate) masked: Vec<String>,
     pub(crate) readonly_paths: Vec<String>,
     pub(crate) devices: Vec<Device>,
+    /// All nodes of its `/dev`, if they have to be made in the guest and bound: in a user namespace nobody can make any.
+    pub(crate) bound: Vec<Device>,
+}
+
+impl RootPlan {
+    /// The container has a `/dev` of its own. Who binds another directory there brings his own nodes.
+    pub(crate) fn has_own_dev(&self) -> bool {
+        let is_dev = |mount: &&MountPlan| mount.destination.trim_end_matches('/') == "/dev";
+        let last = self.mounts.iter().rev().find(is_dev);
+        last.is_some_and(|mount| matches!(mount.what, MountKind::FileSystem { .. }))
+    }
+
+    /// Its device nodes are bound into it.
+    pub(crate) fn binds_devices(&self) -> bool {
+        self.has_own_dev() && !self.bound.is_empty()
+    }
 }
 
 #[derive(Debug)]
 pub(crate) struct MountPlan {
     pub(crate) destination: String,
+    /// It is a file system of a namespace of the guest, which the container's user namespace has no power over.
+    pub(crate) is_the_guest_s: bool,
     pub(crate) what: MountKind,
     pub(crate) options: MountOptions,
+}
+
+impl MountPlan {
+    /// What is mounted comes from the guest.
+    pub(crate) fn has_source(&self) -> bool {
+        self.is_the_guest_s || !matches!(self.what, MountKind::FileSystem { .. })
+    }
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -93,7 +122,9 @@ impl ContainerPlan {
         if !validate_id(&spec.id) {
             return Err(invalid(format_args!("id: {:?} cannot name a container", spec.id)));
         }
-        let namespaces = namespaces(&spec.namespaces);
+        let user_namespace = spec.user_namespace.map(|namespace| user_namespace::checked(*namespace));
+        let user_namespace = user_namespace.transpose()?;
+        let namespaces = namespaces(&spec.namespaces, user_namespace.is_some());
         spec.hostname.as_deref().map_or(Ok(()), check_hostname)?;
         spec.domainname.as_deref().map_or(Ok(()), |name| check_name("domainname", name))?;
         let lists = [
@@ -112,6 +143,8 @@ impl ContainerPlan {
         for path in &spec.readonly_paths {
             check_absolute("readonly_paths", path)?;
         }
+        let devices = devices(spec.devices)?;
+        let bound = user_namespace.as_ref().map(|namespace| user_namespace::nodes(&devices, namespace));
         Ok(Self {
             namespaces,
             hostname: spec.hostname,
@@ -121,21 +154,23 @@ impl ContainerPlan {
                 path: c_string("rootfs", spec.rootfs)?,
                 disk: None,
                 readonly: spec.root_readonly,
-                mounts: mounts(&spec.id, spec.mounts)?,
+                mounts: mounts(&spec.id, spec.mounts, namespaces)?,
                 masked: spec.masked_paths,
                 readonly_paths: spec.readonly_paths,
-                devices: devices(spec.devices)?,
+                devices,
+                bound: bound.transpose()?.unwrap_or_default(),
             },
             sysctls: sysctls(spec.sysctls)?,
             limits: Limits::new(spec.resources)?,
             device_filter: DeviceFilter::new(&spec.device_rules)?,
             hooks: spec.hooks.map_or_else(|| Ok(HooksPlan::default()), |hooks| HooksPlan::new(*hooks))?,
-            process: ProcessPlan::new(spec.process)?,
+            process: ProcessPlan::new(spec.process, user_namespace.as_ref())?,
+            user_namespace,
         })
     }
 }
 
-fn namespaces(wanted: &[Namespace]) -> CloneFlags {
+fn namespaces(wanted: &[Namespace], user: bool) -> CloneFlags {
     let flag = |namespace: &Namespace| match namespace {
         Namespace::Pid => CloneFlags::CLONE_NEWPID,
         Namespace::Ipc => CloneFlags::CLONE_NEWIPC,
@@ -144,7 +179,8 @@ fn namespaces(wanted: &[Namespace]) -> CloneFlags {
         Namespace::Cgroup => CloneFlags::CLONE_NEWCGROUP,
         Namespace::Time => NEW_TIME,
     };
-    wanted.iter().map(flag).fold(CloneFlags::CLONE_NEWNS, CloneFlags::union)
+    let always = if user { CloneFlags::CLONE_NEWUSER } else { CloneFlags::empty() };
+    wanted.iter().map(flag).fold(CloneFlags::CLONE_NEWNS | always, CloneFlags::union)
 }
 
 fn time_offsets(wanted: &[TimeOffset], namespaces: CloneFlags) -> Result<String, AgentError> {
@@ -186,7 +222,7 @@ fn devices(wanted: Vec<Device>) -> Result<Vec<Device>, AgentError> {
 
 /// The spec's mounts in their order; a container that brings no `/dev` gets one, for its device nodes must not be
 /// made in its image.
-fn mounts(id: &str, wanted: Vec<Mount>) -> Result<Vec<MountPlan>, AgentError> {
+fn mounts(id: &str, wanted: Vec<Mount>, namespaces: CloneFlags) -> Result<Vec<MountPlan>, AgentError> {
     let is_dev = |mount: &Mount| mount.destination.trim_end_matches('/') == "/dev";
     let dev = Mount {
         destination: "/dev".into(),
@@ -197,7 +233,8 @@ fn mounts(id: &str, wanted: Vec<Mount>) -> Result<Vec<MountPlan>, AgentError> {
     let missing = if wanted.iter().any(is_dev) { None } else { Some(dev) };
     let mut mounts = missing.into_iter().chain(wanted).enumerate();
     mounts.try_fold(Vec::new(), |mut plans, (index, wanted)| {
-        let plan = mount(wanted, || live::place(id, index))?;
+        let mut plan = mount(wanted, || live::place(id, index))?;
+        plan.is_the_guest_s = is_the_guest_s(&plan.what, namespaces);
         plans.push(plan);
         Ok(plans)
     })
@@ -232,7 +269,7 @@ fn mount(wanted: Mount, place: impl FnOnce() -> String) -> Result<MountPlan, Age
     } else {
         file_system(&kind, source, parameters)?
     };
-    Ok(MountPlan { destination, what, options })
+    Ok(MountPlan { destination, is_the_guest_s: false, what, options })
 }
 
 fn file_system(

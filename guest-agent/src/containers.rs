@@ -8,7 +8,7 @@ use std::path::Path;
 
 use krx_proto::{
     AgentError, Answer, ContainerSpec, ErrorKind, ExitStatus, ProcessInfo, ProcessSpec, ProcessState,
-    Request, Resources, Stats, StreamHello, TerminalSize, validate_id, validate_live_target,
+    Request, Resources, Stats, StreamHello, TerminalSize, UserNamespace, validate_id, validate_live_target,
 };
 use nix::sched::{CloneFlags, setns};
 
@@ -24,7 +24,7 @@ use crate::oom::OomWatch;
 use crate::process::ProcessPlan;
 use crate::relay::Relay;
 use crate::shm::SharedMemory;
-use crate::{child, disks, identity, network, stats, sys};
+use crate::{child, disks, identity, network, outside, stats, sys};
 
 /// More containers than a pod has. Stops a host gone wild from using up the guest's descriptors.
 const MAX_CONTAINERS: usize = 128;
@@ -47,6 +47,7 @@ pub(crate) struct Containers {
 #[derive(Debug)]
 struct Container {
     namespaces: CloneFlags,
+    user_namespace: Option<UserNamespace>,
     cgroup: Cgroup,
     oom: OomWatch,
     freezer: Freezer,
@@ -228,14 +229,13 @@ impl Containers {
         let limited = cgroup
             .limit(&plan.limits)
             .and_then(|()| plan.device_filter.iter().try_for_each(|filter| cgroup.filter_devices(filter)));
-        let forked = limited.and_then(|()| {
-            fork(caller, &plan.process, at_fork, cgroup.as_fd(), |ends| child::first(&plan, ends))
-        });
+        let forked = limited.and_then(|()| make_first(caller, &plan, at_fork, cgroup.as_fd()));
         match forked {
             Ok((process, first)) => {
                 let processes = BTreeMap::from([(String::new(), process)]);
                 let container = Container {
                     namespaces: plan.namespaces,
+                    user_namespace: plan.user_namespace,
                     oom: OomWatch::new(cgroup.path()),
                     freezer: Freezer::new(cgroup.path()),
                     cgroup,
@@ -276,9 +276,9 @@ impl Containers {
         if !validate_id(&id) {
             return Err(invalid(format_args!("process: {id:?} cannot name a process")));
         }
-        let plan = ProcessPlan::new(spec)?;
         self.check_process_count()?;
         let container = find(&mut self.containers, container_id)?;
+        let plan = ProcessPlan::new(spec, container.user_namespace.as_ref())?;
         if container.processes.contains_key(&id) {
             return Err(AgentError::new(ErrorKind::Exists, format_args!("Process {id} exists already")));
         }
@@ -475,6 +475,24 @@ impl Container {
         let missing = || AgentError::new(ErrorKind::NotFound, format_args!("There is no process {id:?}"));
         self.processes.get_mut(id).ok_or_else(missing)
     }
+}
+
+/// Makes a container's first process: in a user namespace, with somebody outside to help it.
+fn make_first(
+    caller: Caller,
+    plan: &ContainerPlan,
+    namespaces: CloneFlags,
+    cgroup: BorrowedFd<'_>,
+) -> Result<(Process, OwnedFd), StepError> {
+    let Some(namespace) = &plan.user_namespace else {
+        return fork(caller, &plan.process, namespaces, cgroup, |ends| child::first(plan, ends, None));
+    };
+    let (outside, helper) = outside::meeting()?;
+    let (process, first) = fork(caller, &plan.process, namespaces, cgroup, |ends| {
+        child::first(plan, ends, Some(&outside));
+    })?;
+    helper.begin(plan, namespace, (process.pid, first.as_fd()))?;
+    Ok((process, first))
 }
 
 fn find<'a>(

@@ -1,19 +1,24 @@
 //! The guest as a whole: its own mounts, its facts, and where its log goes.
 
+use std::ffi::CStr;
 use std::fmt;
 use std::fs::{self, OpenOptions};
 use std::io::Write;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use krx_proto::{GuestInfo, SHARE_PATH, SHARE_TAG};
 use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CpuSet, sched_getaffinity};
+use nix::sys::stat::Mode;
 use nix::sys::sysinfo::sysinfo;
 use nix::sys::utsname::uname;
 use nix::time::{ClockId, clock_gettime};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, chroot, fchdir, write};
 
 use crate::error::{Doing, StepError};
+use crate::sys::mount::{attach, clone_tree};
 
 /// Where the guest's cgroup tree is mounted.
 pub(crate) const CGROUPS: &str = "/sys/fs/cgroup";
@@ -33,9 +38,22 @@ pub(crate) fn info() -> GuestInfo {
     }
 }
 
+/// Writes a file that takes a value in one write or not at all, as those of `/proc` do.
+pub(crate) fn write_file(directory: BorrowedFd<'_>, path: &str, text: &str) -> nix::Result<()> {
+    let file = openat(directory, path, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+    write(file, text.as_bytes()).map(drop)
+}
+
+/// A path of the guest. Links are not followed: a container could have put one into a volume.
+pub(crate) fn open_path(path: &CStr) -> nix::Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+    openat2(AT_FDCWD, path, OpenHow::new().flags(flags).resolve(ResolveFlag::RESOLVE_NO_SYMLINKS))
+}
+
 /// Mounts what the agent itself stands on. A guest without the share's device is a guest without a share.
 pub(crate) fn mount_all() -> Result<(), StepError> {
     let hardened = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    bind_root().doing(|| "Cannot bind the initramfs to its own root")?;
     mount_one("proc", "/proc", hardened)?;
     mount_one("sysfs", "/sys", hardened)?;
     mount_one("cgroup2", CGROUPS, hardened)?;
@@ -52,6 +70,16 @@ pub(crate) fn mount_all() -> Result<(), StepError> {
         Err(Errno::EINVAL) => Ok(()),
         result => result.doing(|| format!("Cannot mount the share on {SHARE_PATH}")),
     }
+}
+
+/// Makes the root a mount that can be left: pivot_root(2) is not possible from the initramfs itself, and a container in a
+/// user namespace has no other way to be rid of the guest's mounts, which are locked there (`mount_namespaces(7)`).
+fn bind_root() -> nix::Result<()> {
+    let initramfs = open_path(c"/")?;
+    let root = clone_tree(initramfs.as_fd(), c"", false)?;
+    attach(root.as_fd(), initramfs.as_fd())?;
+    fchdir(&root)?;
+    chroot(".")
 }
 
 fn mount_one(kind: &str, on: &str, flags: MsFlags) -> Result<(), StepError> {

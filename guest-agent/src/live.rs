@@ -118,7 +118,7 @@ impl Refreshes {
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
                 .doing(doing)?;
         match sys::process::fork_into(CloneFlags::empty(), Some(self.cgroup.as_fd())).doing(doing)? {
-            None => child::helper(theirs.as_fd(), || {
+            None => child::helper(theirs.as_fd(), &[], || {
                 copies.iter().try_for_each(|copy| replica::refresh(Path::new(&source), copy, target))
             }),
             Some(sys::process::Child { pid, .. }) => {

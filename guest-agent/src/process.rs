@@ -1,16 +1,20 @@
 //! A process as the host describes it, judged and made ready for exec; and the exec, with its search of `PATH`.
 
 use std::ffi::{CStr, CString};
+use std::os::fd::BorrowedFd;
 
-use krx_proto::{AgentError, ErrorKind, ProcessSpec, Rlimit, Scheduling, TerminalSize};
+use krx_proto::{
+    AgentError, ErrorKind, ProcessSpec, Rlimit, Scheduling, TerminalSize, User, UserNamespace, guest_id,
+};
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_setaffinity};
-use nix::unistd::{Pid, execve};
+use nix::sys::resource::{Resource, getrlimit};
+use nix::unistd::{Gid, Pid, Uid, execve};
 
 use crate::credentials::Credentials;
 use crate::error::{Doing, StepError, invalid};
 use crate::seccomp::Filter;
-use crate::sys;
+use crate::{guest, sys};
 
 /// Where programs are looked for when the container's environment has no `PATH`.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -18,6 +22,9 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 const MAX_RLIMITS: usize = 64;
 /// Linux' `NGROUPS_MAX`.
 const MAX_GROUPS: usize = 65_536;
+
+/// Soft limit of descriptors a process starts with: what Linux gives, programs with select(2) rely on it.
+const USUAL_DESCRIPTORS: u64 = 1024;
 
 /// To setresuid(2) and its like -1 means "keep what is", which would be root.
 const NO_CHANGE: u32 = u32::MAX;
@@ -31,9 +38,11 @@ pub(crate) struct ProcessPlan {
     candidates: Vec<CString>,
     pub(crate) cwd: String,
     pub(crate) credentials: Credentials,
+    /// Its user and group as the guest numbers them.
+    pub(crate) owner: (Uid, Gid),
     pub(crate) umask: u32,
-    pub(crate) rlimits: Vec<Rlimit>,
-    pub(crate) oom_score_adj: Option<i32>,
+    rlimits: Vec<Rlimit>,
+    oom_score_adj: Option<i32>,
     pub(crate) terminal: Option<TerminalSize>,
     pub(crate) stdin: bool,
     seccomp: Option<Filter>,
@@ -41,7 +50,8 @@ pub(crate) struct ProcessPlan {
 }
 
 impl ProcessPlan {
-    pub(crate) fn new(spec: ProcessSpec) -> Result<Self, AgentError> {
+    /// `namespace` is the user namespace that it is to be in, unless that is the guest's.
+    pub(crate) fn new(spec: ProcessSpec, namespace: Option<&UserNamespace>) -> Result<Self, AgentError> {
         /// What a process has unless told otherwise.
         const USUAL_UMASK: u32 = 0o022;
         let program = spec.args.first().filter(|program| !program.is_empty());
@@ -64,6 +74,7 @@ impl ProcessPlan {
             env: c_strings("process.env", spec.env)?,
             cwd: if spec.cwd.is_empty() { "/".into() } else { spec.cwd },
             umask: spec.user.umask.unwrap_or(USUAL_UMASK) & 0o777,
+            owner: owner(&spec.user, namespace)?,
             credentials: Credentials {
                 user: spec.user,
                 capabilities: spec.capabilities,
@@ -102,39 +113,69 @@ impl ProcessPlan {
         exec_error(&self.args[0], worst)
     }
 
-    /// Sets the calling process's resource limits.
-    pub(crate) fn limit(&self) -> Result<(), StepError> {
+    /// Sets what it takes privileges in the guest to set: resource limits, when the process runs, and how much it is
+    /// worth to the OOM killer. `pid` is a process of one thread, 0 the calling one; `proc` is the guest's `/proc`.
+    pub(crate) fn govern(&self, pid: i32, proc: BorrowedFd<'_>) -> Result<(), StepError> {
+        let hard = getrlimit(Resource::RLIMIT_NOFILE).doing(|| "Cannot read the limit of descriptors")?.1;
+        sys::process::set_rlimit(pid, libc::RLIMIT_NOFILE, USUAL_DESCRIPTORS.min(hard), hard)
+            .doing(|| "Cannot set the limit of descriptors")?;
         for Rlimit { resource, soft, hard } in &self.rlimits {
             let doing = || format!("Cannot set resource limit {resource} to {soft} (hard limit {hard})");
-            sys::process::set_rlimit(*resource, *soft, *hard).doing(doing)?;
+            sys::process::set_rlimit(pid, *resource, *soft, *hard).doing(doing)?;
+        }
+        self.schedule(pid)?;
+        if let Some(score) = self.oom_score_adj {
+            let of = if pid == 0 { "self".to_string() } else { pid.to_string() };
+            guest::write_file(proc, &format!("{of}/oom_score_adj"), &score.to_string())
+                .doing(|| format!("Cannot set oom_score_adj to {score}"))?;
         }
         Ok(())
     }
 
-    /// Sets when and as what the calling process runs, which its exec keeps.
-    pub(crate) fn schedule(&self) -> Result<(), StepError> {
-        let Scheduling { policy, io_priority, cpus, personality } = &self.scheduling;
+    /// Sets when a process runs, which its exec keeps.
+    fn schedule(&self, pid: i32) -> Result<(), StepError> {
+        let Scheduling { policy, io_priority, cpus, .. } = &self.scheduling;
         if let Some(policy) = policy {
-            sys::process::set_scheduler(policy)
+            sys::process::set_scheduler(pid, policy)
                 .doing(|| format!("Cannot set the scheduler to {policy:?}"))?;
         }
         if let Some(priority) = io_priority {
-            sys::process::set_io_priority(*priority)
+            sys::process::set_io_priority(pid, *priority)
                 .doing(|| format!("Cannot set the I/O priority to {priority:#x}"))?;
         }
         if let Some(mask) = cpus {
             let mut set = CpuSet::new();
             let wanted = (0..64_usize).filter(|cpu| mask >> cpu & 1 == 1);
             let all = wanted.into_iter().try_for_each(|cpu| set.set(cpu));
-            all.and_then(|()| sched_setaffinity(Pid::from_raw(0), &set))
+            all.and_then(|()| sched_setaffinity(Pid::from_raw(pid), &set))
                 .doing(|| format!("Cannot run on the CPUs {mask:#x} of the guest"))?;
-        }
-        if let Some(domain) = personality {
-            sys::process::set_personality(*domain)
-                .doing(|| format!("Cannot set the personality to {domain:#x}"))?;
         }
         Ok(())
     }
+
+    /// Sets as what the calling process runs, which its exec keeps.
+    pub(crate) fn take_personality(&self) -> Result<(), StepError> {
+        self.scheduling.personality.map_or(Ok(()), |domain| {
+            sys::process::set_personality(domain)
+                .doing(|| format!("Cannot set the personality to {domain:#x}"))
+        })
+    }
+}
+
+/// The user and group in the guest. In a user namespace nobody can have an ID that is not mapped.
+fn owner(user: &User, namespace: Option<&UserNamespace>) -> Result<(Uid, Gid), AgentError> {
+    let Some(UserNamespace { uids, gids }) = namespace else {
+        return Ok((Uid::from_raw(user.uid), Gid::from_raw(user.gid)));
+    };
+    let missing = |field: &str, id: u32| {
+        invalid(format_args!("process.user.{field}: {id} is not mapped in the container's user namespace"))
+    };
+    if let Some(id) = user.additional_gids.iter().find(|id| guest_id(gids, **id).is_none()) {
+        return Err(missing("additional_gids", *id));
+    }
+    let uid = guest_id(uids, user.uid).ok_or_else(|| missing("uid", user.uid))?;
+    let gid = guest_id(gids, user.gid).ok_or_else(|| missing("gid", user.gid))?;
+    Ok((Uid::from_raw(uid), Gid::from_raw(gid)))
 }
 
 fn exec_error(program: &CStr, error: Errno) -> AgentError {
@@ -180,14 +221,14 @@ pub(crate) fn c_strings(field: &str, texts: Vec<String>) -> Result<Vec<CString>,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use krx_proto::User;
+    use krx_proto::IdMapping;
 
     fn spec(program: &str) -> ProcessSpec {
         ProcessSpec { args: vec![program.into()], cwd: "/".into(), ..Default::default() }
     }
 
     fn refused(spec: ProcessSpec, field: &str) {
-        let error = ProcessPlan::new(spec).unwrap_err();
+        let error = ProcessPlan::new(spec, None).unwrap_err();
         assert_eq!(error.kind, ErrorKind::Invalid);
         assert!(error.message.starts_with(field), "{}", error.message);
     }
@@ -202,7 +243,7 @@ mod tests {
     #[test]
     fn the_last_path_of_the_environment_counts() {
         let env = vec!["PATH=/a".into(), "XPATH=/c".into(), "PATH=/b".into()];
-        let plan = ProcessPlan::new(ProcessSpec { env, ..spec("x") }).unwrap();
+        let plan = ProcessPlan::new(ProcessSpec { env, ..spec("x") }, None).unwrap();
         assert_eq!(plan.candidates, [c"/b/x".into()] as [CString; 1]);
     }
 
@@ -225,8 +266,28 @@ mod tests {
     }
 
     #[test]
+    fn a_user_has_to_be_mapped() {
+        let map = vec![IdMapping { container: 0, guest: 100_000, size: 10 }];
+        let namespace = UserNamespace { uids: map.clone(), gids: map };
+        let with = |uid: u32, gid: u32, more: &[u32]| {
+            let user = User { uid, gid, additional_gids: more.into(), umask: None };
+            ProcessPlan::new(ProcessSpec { user, ..spec("x") }, Some(&namespace))
+        };
+        let owner = with(1, 2, &[9]).unwrap().owner;
+        assert_eq!((owner.0.as_raw(), owner.1.as_raw()), (100_001, 100_002));
+        for (refused, field) in [
+            (with(10, 0, &[]), "process.user.uid: 10 "),
+            (with(0, 10, &[]), "process.user.gid: 10 "),
+            (with(0, 0, &[1, 100_000]), "process.user.additional_gids: 100000 "),
+        ] {
+            let message = refused.unwrap_err().message;
+            assert!(message.starts_with(field), "{message}");
+        }
+    }
+
+    #[test]
     fn a_missing_program_and_one_that_cannot_run_differ() {
-        let kind = |program: &str| ProcessPlan::new(spec(program)).unwrap().exec().kind;
+        let kind = |program: &str| ProcessPlan::new(spec(program), None).unwrap().exec().kind;
         assert_eq!(kind("/no/such/program"), ErrorKind::CommandNotFound);
         assert_eq!(kind("no-such-program"), ErrorKind::CommandNotFound);
         assert_eq!(kind("/etc/passwd/x"), ErrorKind::CommandNotFound);

@@ -5,38 +5,34 @@
 //! root as its limit (`RESOLVE_IN_ROOT`) and mounts are attached to what was found, by descriptor, so that no symbolic
 //! link can lead out and no path is looked up twice.
 //!
-//! The guest's own root is the initramfs, from which pivot_root(2) is not possible. So the guest's mounts are taken
-//! out of the namespace, and the container's root is mounted over what is left, as the namespace's root.
+//! The container's root is mounted over the guest's, which goes away when all is done (pivot_root(2)), and all of its mounts
+//! with it.
 
-use std::ffi::{CStr, OsStr};
+use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 
-use krx_proto::{AgentError, Device, DeviceKind};
+use krx_proto::{AgentError, Device};
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, open, openat, openat2, readlinkat};
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat, openat2, readlinkat};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::{Mode, SFlag, fstat, makedev, mkdirat, mknodat};
-use nix::unistd::{Gid, Uid, chroot, fchdir, fchownat, symlinkat};
+use nix::unistd::{fchdir, pivot_root, symlinkat};
 
 use crate::container::{MountKind, MountPlan, RootPlan};
 use crate::error::{Doing, StepError};
+use crate::guest::open_path;
+use crate::sources::make_node;
 use crate::sys::mount::{
     AttributeChange, attach, clone_tree, create_file_system, mount_file_system, open_file_system,
     set_attributes, set_parameter,
 };
-use crate::{guest, replica, shm};
-
-/// The guest's own mounts, which a container must not find beneath its root.
-const GUEST_MOUNTS: [&str; 3] = ["/run", "/sys", "/proc"];
 
 /// Dangling links of the image that are followed to make one path, as many as the kernel follows (path_resolution(7)).
 /// Stops links that lead to each other.
 const MAX_LINKS: u32 = 40;
 
 /// Device nodes that every container has: name, major and minor number.
-const DEVICES: [(&str, u64, u64); 6] =
+pub(crate) const DEVICES: [(&str, u64, u64); 6] =
     [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
 /// Links that every container has in `/dev`.
 const LINKS: [(&str, &str); 5] = [
@@ -57,7 +53,7 @@ pub(crate) struct Root(OwnedFd);
 impl Root {
     /// The root of the calling process.
     pub(crate) fn own() -> Result<Self, StepError> {
-        Ok(Self(open_guest(c"/").doing(|| "Cannot open the container's root")?))
+        Ok(Self(open_path(c"/").doing(|| "Cannot open the container's root")?))
     }
 
     /// Opens a path in the container; links in it never lead out, and magic links of `/proc` nowhere at all.
@@ -119,15 +115,20 @@ impl Root {
     }
 }
 
-/// Makes the container's file system view and enters it. `cwd` is made where it is missing, while that can be done.
-pub(crate) fn enter(plan: &RootPlan, cwd: &str) -> Result<Root, StepError> {
-    let sources = plan.mounts.iter().map(source).collect::<Result<Vec<_>, _>>()?;
-    let null = open_guest(c"/dev/null").doing(|| "Cannot open the guest's /dev/null")?;
-    let root = enter_root(plan)?;
-    for (mount, source) in plan.mounts.iter().zip(sources) {
+/// Makes the container's file system view and enters it. `next` gives what the guest has for it, in the order of `sources`.
+/// `cwd` is made where it is missing, while that can be done.
+pub(crate) fn enter(
+    plan: &RootPlan,
+    cwd: &str,
+    mut next: impl FnMut() -> Result<OwnedFd, AgentError>,
+) -> Result<Root, AgentError> {
+    let null = open_path(c"/dev/null").doing(|| "Cannot open the guest's /dev/null")?;
+    let root = attach_root(next()?)?;
+    for mount in &plan.mounts {
+        let source = if mount.has_source() { Some(next()?) } else { None };
         mount_one(&root, mount, source)?;
     }
-    make_devices(&root, plan)?;
+    make_devices(&root, plan, next)?;
     root.make(cwd, true).doing(|| format!("Cannot make the working directory {cwd}"))?;
     for mount in plan.mounts.iter().filter(|mount| is_late_read_only(mount)) {
         make_read_only(&root, &mount.destination)?;
@@ -137,65 +138,33 @@ pub(crate) fn enter(plan: &RootPlan, cwd: &str) -> Result<Root, StepError> {
     if plan.readonly {
         set_attributes(root.0.as_fd(), READ_ONLY).doing(|| "Cannot make the root read-only")?;
     }
+    leave_guest(&root)?;
     Ok(root)
 }
 
-/// A path of the guest. Links are not followed: a container could have put one into a volume.
-fn open_guest(path: &CStr) -> nix::Result<OwnedFd> {
-    let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
-    openat2(AT_FDCWD, path, OpenHow::new().flags(flags).resolve(ResolveFlag::RESOLVE_NO_SYMLINKS))
-}
-
-/// A bind mount's source, detached; to be taken before the guest's paths are out of reach.
-fn source(plan: &MountPlan) -> Result<Option<OwnedFd>, StepError> {
-    let (source, recursive) = match &plan.what {
-        MountKind::FileSystem { .. } => return Ok(None),
-        MountKind::Bind { source, recursive } => (source.as_c_str(), *recursive),
-        MountKind::Shm { .. } => (shm::PATH, false),
-        MountKind::Live { source, copy } => (live_source(source, copy), false),
-    };
-    let doing = || format!("Cannot bind {} to {}", source.to_string_lossy(), plan.destination);
-    let place = open_guest(source).doing(doing)?;
-    clone_tree(place.as_fd(), c"", recursive).map(Some).doing(doing)
-}
-
-/// What a container gets of a live volume: its copy, or the volume itself where none can be made of it. That is as
-/// up to date, and only tells no watcher.
-fn live_source<'a>(volume: &'a CStr, copy: &'a CStr) -> &'a CStr {
-    let path = |text: &'a CStr| Path::new(OsStr::from_bytes(text.to_bytes()));
-    match replica::fill(path(volume), path(copy)) {
-        Ok(()) => copy,
-        Err(error) => {
-            guest::log(AgentError::from(error));
-            volume
-        }
-    }
-}
-
-fn enter_root(plan: &RootPlan) -> Result<Root, StepError> {
-    let doing = || format!("Cannot use {} as root file system", plan.path.to_string_lossy());
-    let root = match &plan.disk {
-        Some(disk) => disk.try_clone().doing(doing)?,
-        None => {
-            let place = open_guest(&plan.path).doing(doing)?;
-            if !is_directory(place.as_fd()).doing(doing)? {
-                return Err(StepError::new(doing(), Errno::ENOTDIR));
-            }
-            clone_tree(place.as_fd(), c"", true).doing(doing)?
-        }
-    };
-    let initramfs = open("/", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).doing(doing)?;
-    for mount in GUEST_MOUNTS {
-        umount2(mount, MntFlags::MNT_DETACH).doing(|| format!("Cannot take {mount} of the guest away"))?;
-    }
-    attach(root.as_fd(), initramfs.as_fd()).doing(doing)?;
-    fchdir(&root).doing(doing)?;
-    chroot(".").doing(doing)?;
+/// Mounts the root over the guest's, whose paths still lead where they did.
+fn attach_root(root: OwnedFd) -> Result<Root, StepError> {
+    let doing = || "Cannot mount the container's root";
+    let guest = open("/", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).doing(doing)?;
+    attach(root.as_fd(), guest.as_fd()).doing(doing)?;
     Ok(Root(root))
 }
 
+/// Makes the container's root that of the calling process, and takes the guest's mounts out of its namespace. Not earlier:
+/// in a user namespace Linux lets mount a `/proc` only where another one is in sight, and bind only what is mounted.
+fn leave_guest(root: &Root) -> Result<(), StepError> {
+    let doing = || "Cannot leave the guest's mounts";
+    let guest = open("/", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).doing(doing)?;
+    fchdir(root.0.as_fd()).doing(doing)?;
+    // The guest's root is mounted over the new one, from where it is taken away (pivot_root(2), NOTES).
+    pivot_root(".", ".").doing(doing)?;
+    fchdir(&guest).doing(doing)?;
+    umount2(".", MntFlags::MNT_DETACH).doing(doing)?;
+    fchdir(root.0.as_fd()).doing(doing)
+}
+
 fn mount_one(root: &Root, plan: &MountPlan, source: Option<OwnedFd>) -> Result<(), StepError> {
-    let MountPlan { destination, what, options } = plan;
+    let MountPlan { destination, what, options, .. } = plan;
     let doing = || format!("Cannot mount {} on {destination}", what.name());
     let tree = match (source, what) {
         (Some(source), _) => source,
@@ -247,32 +216,41 @@ fn change(mount: BorrowedFd<'_>, change: AttributeChange) -> nix::Result<()> {
     if change == nothing { Ok(()) } else { set_attributes(mount, change) }
 }
 
-/// The usual nodes, in a `/dev` that is the container's own. Who binds another directory there brings his own nodes.
-fn make_devices(root: &Root, plan: &RootPlan) -> Result<(), StepError> {
-    let is_dev = |mount: &&MountPlan| mount.destination.trim_end_matches('/') == "/dev";
-    let last = plan.mounts.iter().rev().find(is_dev);
-    if !last.is_some_and(|mount| matches!(mount.what, MountKind::FileSystem { .. })) {
+/// The usual nodes, in a `/dev` that is the container's own.
+fn make_devices(
+    root: &Root,
+    plan: &RootPlan,
+    next: impl FnMut() -> Result<OwnedFd, AgentError>,
+) -> Result<(), AgentError> {
+    if !plan.has_own_dev() {
         // Nodes would be made in somebody else's directory.
         return match plan.devices.first() {
             None => Ok(()),
             Some(device) => {
                 let doing = format!("Cannot make {} in a /dev that is not the container's own", device.path);
-                Err(StepError::new(doing, Errno::EPERM))
+                Err(StepError::new(doing, Errno::EPERM).into())
             }
         };
     }
-    plan.devices.iter().try_for_each(|device| make_device(root, device))?;
-    let present = |made: nix::Result<()>| if made == Err(Errno::EEXIST) { Ok(()) } else { made };
     let dev = root.open("/dev", OFlag::O_PATH | OFlag::O_DIRECTORY).doing(|| "Cannot open /dev")?;
-    for (name, major, minor) in DEVICES {
-        let mode = Mode::from_bits_truncate(0o666);
-        present(mknodat(&dev, name, SFlag::S_IFCHR, mode, makedev(major, minor)))
-            .doing(|| format!("Cannot make the device node /dev/{name}"))?;
+    if plan.binds_devices() {
+        bind_devices(root, plan, next)?;
+    } else {
+        plan.devices.iter().try_for_each(|device| make_device(root, device))?;
+        for (name, major, minor) in DEVICES {
+            let mode = Mode::from_bits_truncate(0o666);
+            unless_there(mknodat(&dev, name, SFlag::S_IFCHR, mode, makedev(major, minor)))
+                .doing(|| format!("Cannot make the device node /dev/{name}"))?;
+        }
     }
     for (name, to) in LINKS {
-        present(symlinkat(to, &dev, name)).doing(|| format!("Cannot make the link /dev/{name}"))?;
+        unless_there(symlinkat(to, &dev, name)).doing(|| format!("Cannot make the link /dev/{name}"))?;
     }
     Ok(())
+}
+
+fn unless_there(made: nix::Result<()>) -> nix::Result<()> {
+    if made == Err(Errno::EEXIST) { Ok(()) } else { made }
 }
 
 /// A node that the container asks for. Among the usual ones it stands for the one of its name.
@@ -282,14 +260,26 @@ fn make_device(root: &Root, device: &Device) -> Result<(), StepError> {
         return Err(StepError::new(doing(), Errno::EINVAL));
     };
     let directory = root.make(directory, true).doing(doing)?;
-    let kind = match device.kind {
-        DeviceKind::Char => SFlag::S_IFCHR,
-        DeviceKind::Block => SFlag::S_IFBLK,
-    };
-    let mode = Mode::from_bits_truncate(device.mode & 0o777);
-    mknodat(&directory, name, kind, mode, makedev(device.major.into(), device.minor.into())).doing(doing)?;
-    let (user, group) = (Uid::from_raw(device.uid), Gid::from_raw(device.gid));
-    fchownat(&directory, name, Some(user), Some(group), AtFlags::AT_SYMLINK_NOFOLLOW).doing(doing)
+    make_node(&directory, name, device).doing(doing)
+}
+
+/// Nodes that were made in the guest. A usual one is left out where the container's mounts have another.
+fn bind_devices(
+    root: &Root,
+    plan: &RootPlan,
+    mut next: impl FnMut() -> Result<OwnedFd, AgentError>,
+) -> Result<(), AgentError> {
+    for (index, device) in plan.bound.iter().enumerate() {
+        let doing = || format!("Cannot bind the device node {}", device.path);
+        let node = next()?;
+        let is_usual = index >= plan.devices.len();
+        if is_usual && existing(root, &device.path).doing(doing)?.is_some() {
+            continue;
+        }
+        let place = root.make(&device.path, false).doing(doing)?;
+        attach(node.as_fd(), place.as_fd()).doing(doing)?;
+    }
+    Ok(())
 }
 
 fn make_read_only(root: &Root, path: &str) -> Result<(), StepError> {
@@ -328,13 +318,13 @@ fn existing(root: &Root, path: &str) -> nix::Result<Option<OwnedFd>> {
     }
 }
 
-fn is_directory(place: BorrowedFd<'_>) -> nix::Result<bool> {
+pub(crate) fn is_directory(place: BorrowedFd<'_>) -> nix::Result<bool> {
     let mode = SFlag::from_bits_truncate(fstat(place)?.st_mode);
     Ok(mode & SFlag::S_IFMT == SFlag::S_IFDIR)
 }
 
 impl MountKind {
-    fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         match self {
             Self::Bind { source, .. } => source.to_string_lossy().into_owned(),
             Self::FileSystem { kind, .. } => kind.to_string_lossy().into_owned(),

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use krx_proto::{Stream, TerminalSize};
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::stat::Mode;
-use nix::unistd::pipe2;
+use nix::unistd::{fchown, pipe2};
 
 use crate::child::ChildStdio;
 use crate::error::{Doing, StepError};
@@ -38,16 +38,23 @@ impl Streams {
         if let Some(size) = plan.terminal {
             return Ok((Self::default(), ChildStdio::Terminal(size)));
         }
+        let (user, group) = plan.owner;
+        // A process may open its streams anew by /proc/self/fd; only their owner can. /dev/null is nobody's.
+        let pipe = || -> nix::Result<_> {
+            let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
+            fchown(&reader, Some(user), Some(group))?;
+            Ok((reader, writer))
+        };
         let mut streams = Self::default();
         let stdin = if plan.stdin {
-            let (reader, writer) = pipe2(OFlag::O_CLOEXEC).doing(doing)?;
+            let (reader, writer) = pipe().doing(doing)?;
             streams.stdin = Some(without_blocking(writer).doing(doing)?);
             reader
         } else {
             open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).doing(doing)?
         };
         let output = || -> nix::Result<_> {
-            let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
+            let (reader, writer) = pipe()?;
             Ok((without_blocking(reader)?, writer))
         };
         let (stdout_reader, stdout) = output().doing(doing)?;

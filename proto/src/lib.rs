@@ -27,6 +27,7 @@ mod network;
 mod resources;
 mod spec;
 mod stats;
+mod user_namespace;
 
 pub use devices::{Device, DeviceAccess, DeviceKind, DeviceRule};
 pub use disks::{Disk, DiskUse, MAX_DISKS};
@@ -54,9 +55,12 @@ pub use stats::{
     CpuStats, GuestMemory, GuestStats, InterfaceStats, IoStats, MemoryEvents, MemoryStats, PidsStats, Stats,
     TrafficStats,
 };
+pub use user_namespace::{
+    BadMap, IdMapping, MAX_ID_MAPPINGS, UserNamespace, guest_id, id_map, validate_id_mappings,
+};
 
 /// Version of the protocol; both sides must agree exactly, as they are shipped together.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// Vsock ports of the guest. All are below 2^16 and above the privileged range but one.
 pub mod port {

@@ -7,6 +7,7 @@ use crate::devices::{Device, DeviceRule};
 use crate::disks::Disk;
 use crate::hooks::Hooks;
 use crate::resources::Resources;
+use crate::user_namespace::UserNamespace;
 
 /// One container. Paths are paths in the guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +23,8 @@ pub struct ContainerSpec {
     pub domainname: Option<String>,
     /// New namespaces the container gets; the others are the guest's. A mount namespace is always new.
     pub namespaces: Vec<Namespace>,
+    /// A new user namespace; IDs elsewhere in this description are then the container's.
+    pub user_namespace: Option<Box<UserNamespace>>,
     /// Of the clocks in its time namespace, which it then has to have.
     pub time_offsets: Vec<TimeOffset>,
     /// In order of mounting.

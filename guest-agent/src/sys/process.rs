@@ -104,11 +104,13 @@ pub(crate) fn duplicate_onto(from: BorrowedFd<'_>, to: RawFd) -> nix::Result<()>
     Errno::result(unsafe { libc::dup3(from.as_raw_fd(), to, 0) }).map(drop)
 }
 
-/// Sets a resource limit by the number of the resource.
-pub(crate) fn set_rlimit(resource: u32, soft: u64, hard: u64) -> nix::Result<()> {
+/// Sets a resource limit of a process by the number of the resource; 0 is the calling one.
+pub(crate) fn set_rlimit(pid: i32, resource: u32, soft: u64, hard: u64) -> nix::Result<()> {
     let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
-    // SAFETY: `limit` is read during the call only; an unknown resource is an error, EINVAL.
-    Errno::result(unsafe { libc::setrlimit(resource, &raw const limit) }).map(drop)
+    // SAFETY: `limit` is read during the call only, and nothing is written where there is no place for the old one; an
+    // unknown resource is an error, EINVAL.
+    let result = unsafe { libc::prlimit(pid, resource, &raw const limit, std::ptr::null_mut()) };
+    Errno::result(result).map(drop)
 }
 
 /// Sets the domain name of the calling process's UTS namespace.
@@ -130,23 +132,23 @@ struct SchedulerAttributes {
     period: u64,
 }
 
-/// Sets how the calling thread is scheduled.
-pub(crate) fn set_scheduler(wanted: &SchedulingPolicy) -> nix::Result<()> {
+/// Sets how a process of one thread is scheduled; 0 is the calling thread.
+pub(crate) fn set_scheduler(pid: i32, wanted: &SchedulingPolicy) -> nix::Result<()> {
     const SIZE: u32 = 48;
     const { assert!(size_of::<SchedulerAttributes>() == SIZE as usize) };
     let &SchedulingPolicy { policy, flags, nice, priority, runtime, deadline, period } = wanted;
     let attributes =
         SchedulerAttributes { size: SIZE, policy, flags, nice, priority, runtime, deadline, period };
-    // SAFETY: the kernel reads as many bytes as the structure says that it has; 0 is the calling thread.
-    let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
+    // SAFETY: the kernel reads as many bytes as the structure says that it has.
+    let result = unsafe { libc::syscall(libc::SYS_sched_setattr, pid, &raw const attributes, 0) };
     Errno::result(result).map(drop)
 }
 
-/// Sets class and priority of the calling thread's input and output.
-pub(crate) fn set_io_priority(priority: u16) -> nix::Result<()> {
+/// Sets class and priority of the input and output of a process of one thread; 0 is the calling thread.
+pub(crate) fn set_io_priority(pid: i32, priority: u16) -> nix::Result<()> {
     const IOPRIO_WHO_PROCESS: i32 = 1;
-    // SAFETY: the call takes three integers; 0 is the calling thread.
-    let result = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, i32::from(priority)) };
+    // SAFETY: the call takes three integers.
+    let result = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, pid, i32::from(priority)) };
     Errno::result(result).map(drop)
 }
 
