@@ -163,7 +163,8 @@ const TIMED: &str = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"},"hostname"
 "process":{"args":["sh"],"cwd":"/","user":{"uid":0,"gid":0},"scheduler":{"policy":"SCHED_FIFO","priority":3,"flags":["SCHED_FLAG_RECLAIM"]},
 "ioPriority":{"class":"IOPRIO_CLASS_BE","priority":4},"execCPUAffinity":{"initial":"0","final":"0-1"}},
 "hooks":{"createContainer":[{"path":"/h","args":["h"],"env":["A=1"],"timeout":5}],"startContainer":[{"path":"/s"}]},
-"linux":{"namespaces":[{"type":"uts"},{"type":"time"}],"timeOffsets":{"monotonic":{"secs":-1,"nanosecs":5},"boottime":{"secs":7}},
+"linux":{"namespaces":[{"type":"uts"},{"type":"time"},{"type":"user"}],"uidMappings":[{"containerID":0,"hostID":100000,"size":65536}],
+"gidMappings":[{"containerID":0,"hostID":100000,"size":1000},{"containerID":1000,"hostID":7,"size":1}],"timeOffsets":{"monotonic":{"secs":-1,"nanosecs":5},"boottime":{"secs":7}},
 "personality":{"domain":"LINUX32"}}}"#;
 const PROCESS: &str = r#"{"args":["ls"],"cwd":"/","user":{"uid":1,"gid":2},"terminal":true,"consoleSize":{"height":24,"width":80}}"#;
 const RESOURCES: &str =

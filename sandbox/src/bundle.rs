@@ -16,6 +16,7 @@ mod resources;
 mod scheduling;
 mod seccomp;
 mod seccomp_program;
+mod user_namespace;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -40,7 +41,7 @@ const MAX_MOUNTS: usize = 1024;
 
 /// Fields that are refused unless empty, in JSON's own paths. Everything here either confines the container or
 /// changes what its processes meet.
-const REFUSED: [&str; 16] = [
+const REFUSED: [&str; 14] = [
     "/hooks/createRuntime",
     "/hooks/poststart",
     "/hooks/poststop",
@@ -49,14 +50,12 @@ const REFUSED: [&str; 16] = [
     "/windows",
     "/vm",
     "/zos",
-    "/linux/gidMappings",
     "/linux/intelRdt",
     "/linux/memoryPolicy",
     "/linux/mountLabel",
     "/linux/netDevices",
     "/linux/seccomp/listenerMetadata",
     "/linux/seccomp/listenerPath",
-    "/linux/uidMappings",
 ];
 /// The objects whose fields are looked at by name.
 const OBJECTS: [&str; 5] = ["", "/hooks", "/linux", "/linux/personality", "/linux/seccomp"];
@@ -282,6 +281,13 @@ fn container_spec(
     let mut first = process::read(process)?;
     first.seccomp = linux.seccomp().as_ref().map(seccomp::read).transpose()?.flatten();
     first.scheduling.personality = linux.personality().as_ref().map(scheduling::personality).transpose()?;
+    let (uids, gids) = (linux.uid_mappings().as_deref(), linux.gid_mappings().as_deref());
+    let user_namespace = user_namespace::read(
+        namespaces.user,
+        uids.unwrap_or_default(),
+        gids.unwrap_or_default(),
+        &first.user,
+    )?;
     let container = ContainerSpec {
         id: name.into(),
         root_readonly: spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly).unwrap_or(false),
@@ -289,6 +295,7 @@ fn container_spec(
         hostname: spec.hostname().clone().filter(|name| !name.is_empty() && !namespaces.joins_uts),
         domainname,
         namespaces: namespaces.own,
+        user_namespace: user_namespace.map(Box::new),
         time_offsets,
         masked_paths: linux.masked_paths().clone().unwrap_or_default(),
         readonly_paths: linux.readonly_paths().clone().unwrap_or_default(),
@@ -347,6 +354,7 @@ fn add_mount(
             Mount { source, ..mount }
         })
     } else if FILE_SYSTEMS.contains(&kind.as_str()) {
+        user_namespace::check_owners(field, &options, container.spec.user_namespace.as_deref())?;
         Mount { destination, source: source.to_string_lossy().into_owned(), kind, options }
     } else {
         return Err(unsupported(format!("{field}.type"), format!("file system type {kind:?}")));
@@ -560,13 +568,16 @@ mod tests {
                 json!([{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}]),
                 "linux.devices[0]",
             ),
-            ("/linux/namespaces/0", json!({"type": "user"}), "linux.namespaces[0].type"),
             (
                 "/linux/namespaces/1",
                 json!({"type": "network", "path": "/run/netns/x"}),
                 "linux.namespaces[1].path",
             ),
-            ("/linux/uidMappings", json!([{"hostID": 0, "containerID": 0, "size": 1}]), "linux.uidMappings"),
+            (
+                "/linux/namespaces/1",
+                json!({"type": "user", "path": "/proc/7/ns/user"}),
+                "linux.namespaces[1].path",
+            ),
             ("/linux/rootfsPropagation", json!("shared"), "linux.rootfsPropagation"),
             ("/process/apparmorProfile", json!("p"), "process.apparmorProfile"),
             ("/process/selinuxLabel", json!("l"), "process.selinuxLabel"),
@@ -665,6 +676,8 @@ mod tests {
             ("/mounts/0/destination", json!("/a/../../b"), "mounts[0].destination"),
             ("/linux/namespaces", json!([{"type": "pid"}]), "hostname"),
             ("/linux/namespaces/1", json!({"type": "pid"}), "linux.namespaces[1].type"),
+            ("/linux/namespaces/1", json!({"type": "user"}), "linux.uidMappings"),
+            ("/linux/uidMappings", json!([{"hostID": 0, "containerID": 0, "size": 1}]), "linux.uidMappings"),
             ("/process/user", json!([0, 0]), "process.user"),
             ("/linux/seccomp", json!(["SCMP_ACT_ALLOW"]), "linux.seccomp"),
             ("/root", Value::Null, "root"),

@@ -27,6 +27,8 @@ pub struct PodNamespaces {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Namespaces {
     pub(super) own: Vec<Namespace>,
+    /// A new user namespace, which owns them.
+    pub(super) user: bool,
     /// The UTS namespace is the pod's, and another container has named it.
     pub(super) joins_uts: bool,
 }
@@ -37,7 +39,7 @@ pub(super) fn read(
     pod: Option<&PodNamespaces>,
 ) -> Result<Namespaces, BundleError> {
     use LinuxNamespaceType as Type;
-    let mut found = Namespaces { own: Vec::new(), joins_uts: false };
+    let mut found = Namespaces { own: Vec::new(), user: false, joins_uts: false };
     for (index, namespace) in wanted.iter().enumerate() {
         let field = |name: &str| format!("{FIELD}[{index}].{name}");
         if wanted[..index].iter().any(|other| other.typ() == namespace.typ()) {
@@ -52,7 +54,7 @@ pub(super) fn read(
         }
         let is_sandbox = pod.is_some_and(|pod| pod.is_sandbox);
         match namespace.typ() {
-            Type::User => return Err(unsupported(field("type"), "user namespaces")),
+            Type::User => found.user = true,
             // A mount namespace is always made; the network is the VM's, in which nothing else runs.
             Type::Mount | Type::Network => {}
             Type::Cgroup => found.own.push(Namespace::Cgroup),
@@ -127,6 +129,8 @@ mod tests {
         let found = read_json(all, None).unwrap();
         assert_eq!(found.own, [Namespace::Pid, Namespace::Ipc, Namespace::Uts, Namespace::Cgroup]);
         assert_eq!(read_json(json!([]), None).unwrap().own, []);
+        let found = read_json(json!([{"type": "user"}, {"type": "mount"}]), None).unwrap();
+        assert!(found.user && found.own.is_empty());
     }
 
     #[test]
@@ -157,11 +161,11 @@ mod tests {
     fn a_pod_s_namespaces_are_the_guest_s() {
         let sandbox = json!([{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network", "path": "/run/netns/cni"}]);
         let found = read_json(sandbox, Some(&pod(true))).unwrap();
-        assert_eq!(found, Namespaces { own: vec![Namespace::Pid], joins_uts: false });
+        assert_eq!(found, Namespaces { own: vec![Namespace::Pid], user: false, joins_uts: false });
         let mut container = json!([{"type": "pid"}, {"type": "mount"}, {"type": "ipc", "path": "/proc/7/ns/ipc"},
             {"type": "uts", "path": "/proc/7/ns/uts"}, {"type": "network", "path": "/proc/7/ns/net"}]);
         let found = read_json(container.clone(), Some(&pod(false))).unwrap();
-        assert_eq!(found, Namespaces { own: vec![Namespace::Pid], joins_uts: true });
+        assert_eq!(found, Namespaces { own: vec![Namespace::Pid], user: false, joins_uts: true });
         container[0]["path"] = json!("/proc/7/ns/pid");
         assert_eq!(read_json(container, Some(&pod(false))).unwrap().own, []);
     }
@@ -175,7 +179,7 @@ mod tests {
             (with(json!({"type": "pid", "path": "/proc/1/ns/pid"})), "[2].path"),
             (with(json!({"type": "mount", "path": "/proc/7/ns/ipc"})), "[2].path"),
             (with(json!({"type": "cgroup", "path": "/proc/7/ns/ipc"})), "[2].path"),
-            (with(json!({"type": "user"})), "[2].type"),
+            (with(json!({"type": "user", "path": "/proc/7/ns/ipc"})), "[2].path"),
             (with(json!({"type": "time", "path": "/proc/7/ns/time"})), "[2].path"),
             (with(json!({"type": "ipc"})), "[2].type"),
         ] {
