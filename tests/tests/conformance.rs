@@ -6,6 +6,7 @@
 use serde_json::{Value, json};
 use tests::dice::Dice;
 use tests::pod::{Ended, Place, finish};
+use tests::terminal::Terminal;
 
 const CHECKER: &str = include_str!("conformance/checker.py");
 
@@ -48,11 +49,16 @@ fn usual(place: &Place) -> Value {
 
 /// Runs the checker in a container of `bundle`; `told` is what it is told that the bundle were.
 fn check(place: &Place, name: &str, bundle: &Value, told: &Value) -> Ended {
+    let directory = write(place, name, bundle, told);
+    finish(&mut place.krx(&["run", "--cpus", "2", "--bundle", &directory]), b"")
+}
+
+/// The directory with the bundle, and the checker in it.
+fn write(place: &Place, name: &str, bundle: &Value, told: &Value) -> String {
     place.scratch.write(&format!("{name}/config.json"), bundle.to_string());
     place.scratch.write(&format!("{name}/checker/checker.py"), CHECKER);
     place.scratch.write(&format!("{name}/checker/config.json"), told.to_string());
-    let directory = place.scratch.join(name);
-    finish(&mut place.krx(&["run", "--cpus", "2", "--bundle", &directory.to_string_lossy()]), b"")
+    place.scratch.join(name).to_string_lossy().into_owned()
 }
 
 /// The usual bundle with changes, by JSON pointers; `-` appends to an array.
@@ -214,6 +220,85 @@ fn namespaces_limits_and_devices_are_as_the_bundle_says() {
     conforms(&place, "few", &[("/linux/namespaces", json!([{"type": "mount"}, {"type": "uts"}]))]);
 }
 
+fn user_namespace() -> Vec<(&'static str, Value)> {
+    vec![
+        ("/linux/namespaces/-", json!({"type": "user"})),
+        (
+            "/linux/uidMappings",
+            json!([{"containerID": 0, "hostID": 100_000, "size": 1000}, {"containerID": 1000, "hostID": 70_000, "size": 2}]),
+        ),
+        ("/linux/gidMappings", json!([{"containerID": 0, "hostID": 200_000, "size": 2000}])),
+    ]
+}
+
+#[test]
+fn a_user_namespace_owns_what_its_container_has() {
+    let Some(place) = Place::new() else { return };
+    let volume = place.scratch.join("mapped/data/mapped");
+    place.scratch.write("mapped/data/mapped/foreign", "of root");
+    std::os::unix::fs::chown(&volume, Some(100_000), Some(200_000)).expect("chown");
+    let volume_mount =
+        json!({"destination": "/media", "type": "bind", "source": "data", "options": ["rbind", "nosuid"]});
+    let all = json!(all_capabilities());
+    let changes = [
+        ("/mounts/-", volume_mount),
+        ("/process/capabilities", json!({"bounding": all, "effective": all, "permitted": all})),
+        ("/process/noNewPrivileges", json!(false)),
+        ("/process/oomScoreAdj", json!(-500)),
+        ("/process/scheduler", json!({"policy": "SCHED_FIFO", "priority": 3})),
+        (
+            "/process/rlimits",
+            json!([{"type": "RLIMIT_MEMLOCK", "soft": 1 << 30, "hard": 1 << 30}, {"type": "RLIMIT_NOFILE", "soft": 40, "hard": 50}]),
+        ),
+        ("/domainname", json!("example.test")),
+        ("/linux/namespaces/-", json!({"type": "time"})),
+        ("/linux/timeOffsets", json!({"boottime": {"secs": 100_000}})),
+        (
+            "/linux/sysctl",
+            json!({"kernel.shmmax": "4096000", "net.ipv4.ip_forward": "1", "fs.mqueue.msg_max": "20"}),
+        ),
+        (
+            "/linux/devices",
+            json!([{"path": "/dev/my/zero", "type": "c", "major": 1, "minor": 5, "fileMode": 0o640, "uid": 0, "gid": 8}]),
+        ),
+        ("/linux/resources/pids", json!({"limit": 7})),
+        (
+            "/linux/seccomp",
+            json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["acct"], "action": "SCMP_ACT_ERRNO", "errnoRet": 99}]}),
+        ),
+        ("/hooks/createContainer", json!([hook("createContainer", 0)])),
+        ("/hooks/startContainer", json!([hook("startContainer", 0)])),
+    ];
+    conforms(&place, "mapped", &[user_namespace(), changes.into()].concat());
+    let made = std::fs::metadata(volume.join("made")).expect("file of the container");
+    use std::os::unix::fs::MetadataExt;
+    assert_eq!((made.uid(), made.gid()), (100_000, 200_000));
+    // Another user, and namespaces that are the guest's.
+    let few = [
+        (
+            "/process/user",
+            json!({"uid": 1000, "gid": 1001, "additionalGids": [5, 1002, 1999], "umask": 0o027}),
+        ),
+        ("/linux/namespaces", json!([{"type": "mount"}, {"type": "uts"}, {"type": "user"}])),
+    ];
+    conforms(&place, "mapped-few", &[user_namespace(), few.into()].concat());
+    place.assert_clean();
+}
+
+#[test]
+fn a_terminal_is_of_the_user_namespace() {
+    let Some(place) = Place::new() else { return };
+    let mut bundle = usual(&place);
+    // Which krx would add.
+    let own = vec![("/process/terminal", json!(true)), ("/process/env/-", json!("TERM=xterm"))];
+    let changes = [user_namespace(), own].concat();
+    changes.iter().for_each(|(pointer, value)| set(&mut bundle, pointer, value.clone()));
+    let directory = write(&place, "terminal", &bundle, &bundle);
+    let mut terminal = Terminal::of(&place, &place.krx(&["run", "--cpus", "2", "--bundle", &directory]));
+    let shown = terminal.expect(" comparisons");
+    assert!(!shown.contains("not ok"), "{shown}");
+}
+
 /// One that writes down what it reads, as the checker expects it.
 fn hook(point: &str, index: usize) -> Value {
     json!({"path": "/bin/sh", "args": ["sh", "-c", format!("exec /bin/cat >/tmp/{point}-{index}")], "timeout": 20})
@@ -285,6 +370,8 @@ fn the_checker_sees_each_difference() {
             "linux.devices",
         ),
         ("/linux/namespaces/5/type", json!("time"), "namespace cgroup"),
+        ("/linux/uidMappings", json!([{"containerID": 0, "hostID": 5, "size": 10}]), "linux.uidMappings"),
+        ("/linux/gidMappings", json!([]), "linux.gidMappings"),
         ("/linux/timeOffsets", json!({"boottime": {"secs": 5}}), "linux.timeOffsets.boottime"),
         ("/linux/sysctl", json!({"kernel.shmmax": "1"}), "linux.sysctl"),
         ("/linux/personality", json!({"domain": "LINUX32"}), "linux.personality"),
@@ -365,7 +452,13 @@ fn by_chance(dice: &mut Dice) -> Vec<(&'static str, Value)> {
         ("/hooks/createContainer", json!([hook("createContainer", 0)])),
         ("/hooks/startContainer", json!([hook("startContainer", 0)])),
     ];
-    all.into_iter().filter(|_| dice.below(2) == 0).collect()
+    let chosen: Vec<_> = all.into_iter().filter(|_| dice.below(2) == 0).collect();
+    let unmapped = ["/process/user", "/linux/namespaces"];
+    // Its groups are beyond those that the namespace maps.
+    if chosen.iter().any(|(pointer, _)| unmapped.contains(pointer)) || dice.below(2) == 0 {
+        return chosen;
+    }
+    [chosen, user_namespace()].concat()
 }
 
 #[test]

@@ -5,6 +5,8 @@ Linux it knows by itself: nothing of krx.
 """
 
 import ctypes
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -214,6 +216,67 @@ def check_namespaces(linux):
         same("linux.personality", {"LINUX": 0, "LINUX32": 8}[linux["personality"]["domain"]], LIBC.personality(0xFFFFFFFF))
 
 
+def mapped(linux, kind, outside):
+    """The ID in here of one outside of the user namespace; nobody's has the overflow ID."""
+    mappings = linux.get(kind, [{"containerID": 0, "hostID": 0, "size": 2**32 - 1}])
+    found = [one["containerID"] + outside - one["hostID"] for one in mappings if 0 <= outside - one["hostID"] < one["size"]]
+    return found[0] if found else 65534
+
+
+def owner_of(namespace):
+    """The inode of the user namespace that owns one of this process; None where it is out of reach."""
+    with open(f"/proc/self/ns/{namespace}") as file:
+        try:
+            owner = fcntl.ioctl(file, 0xB701)  # NS_GET_USERNS
+        except PermissionError:
+            return None
+    return os.fstat(owner).st_ino
+
+
+def check_user_namespace(linux):
+    for field in ("uid", "gid"):
+        wanted = linux.get(f"{field}Mappings", [{"containerID": 0, "hostID": 0, "size": 2**32 - 1}])
+        wanted = [[one["containerID"], one["hostID"], one["size"]] for one in wanted]
+        seen = [[int(number) for number in line.split()] for line in read(f"/proc/self/{field}_map").splitlines()]
+        same(f"linux.{field}Mappings", sorted(wanted), sorted(seen))
+    same("setgroups", "allow", read("/proc/self/setgroups"))
+    types = {namespace["type"] for namespace in linux.get("namespaces", [])}
+    ours = os.stat("/proc/self/ns/user").st_ino
+    if "user" in types:
+        files = {"pid": "pid", "mount": "mnt", "uts": "uts", "ipc": "ipc", "cgroup": "cgroup", "time": "time"}
+        for name, file in files.items():
+            same(f"owner of the namespace {name}", name in types or name == "mount", owner_of(file) == ours)
+        # The network is the machine's.
+        same("owner of the namespace network", None, owner_of("net"))
+    seen = os.stat("/usr/bin")
+    same("owner of /usr/bin", (mapped(linux, "uidMappings", 0), mapped(linux, "gidMappings", 0)), (seen.st_uid, seen.st_gid))
+    # What the tests put into a volume: a directory of the container's root, with a file of the host's.
+    if os.path.isdir("/media/mapped"):
+        seen = os.stat("/media/mapped")
+        same("owner of a volume", (0, 0), (seen.st_uid, seen.st_gid))
+        with open("/media/mapped/made", "w") as file:
+            file.write("by root")
+        same("owner of a new file", os.geteuid(), os.stat("/media/mapped/made").st_uid)
+        for change in (lambda: open("/media/mapped/foreign", "w"), lambda: os.chown("/media/mapped/foreign", 0, 0)):
+            try:
+                change()
+                same("file of the host's root", errno.EACCES, 0)
+            except PermissionError as error:
+                same("file of the host's root", True, error.errno in (errno.EACCES, errno.EPERM))
+    for directory in ("/tmp", "/dev/shm", "/dev/mqueue"):
+        if not os.path.isdir(directory) or os.statvfs(directory).f_flag & os.ST_RDONLY:
+            continue
+        path = f"{directory}/check"
+        with open(path, "w") as file:
+            same(f"owner in {directory}", os.geteuid(), os.fstat(file.fileno()).st_uid)
+        os.unlink(path)
+    with open("/dev/null", "w") as null:
+        same("/dev/null", 4, null.write("void"))
+    if os.isatty(0):
+        same("terminal", (os.geteuid(), "/dev/pts/0"), (os.fstat(0).st_uid, os.ttyname(0)))
+        same("/dev/console", os.fstat(0).st_rdev, os.stat("/dev/console").st_rdev)
+
+
 def check_resources(wanted):
     # "/" in a cgroup namespace of its own.
     directory = "/sys/fs/cgroup" + read("/proc/self/cgroup").removeprefix("0::")
@@ -276,6 +339,7 @@ def main():
     check_hidden(linux)
     check_devices(linux)
     check_namespaces(linux)
+    check_user_namespace(linux)
     check_resources(linux.get("resources", {}))
     check_seccomp(linux)
     check_hooks(config)
