@@ -97,7 +97,8 @@ mkdir "$work/archives" "$work/all" "$work/root"
 # shellcheck disable=SC2086 # a list of packages
 download() { (cd "$work/archives" && apt-get -qq -o APT::Sandbox::User=root -o Dir::State::status="$base/var/lib/dpkg/status" download $packages); }
 download || { refresh && download; } || fail "apt-get could not download them, see above"
-cp -a "$base/." "$work/all"
+# Not what is mounted there: debootstrap leaves /proc where something is busy in it.
+cp -ax "$base/." "$work/all"
 for archive in "$work"/archives/*.deb; do
     dpkg-deb --fsys-tarfile "$archive" | tar -x -C "$work/all" --keep-directory-symlink
 done

@@ -43,9 +43,12 @@ impl Scratch {
     /// When it cannot be made.
     #[must_use]
     pub fn under(directory: &Path) -> Self {
-        // Not named by PID: those of an emulated host are those of the one before. Short, and never twice.
-        let chance = RandomState::new().build_hasher().finish() & 0xff_ffff_ffff;
-        let path = directory.join(format!("{PREFIX}{chance:010x}"));
+        // Not named by PID: those of an emulated host are those of the one before. Short, as paths of sockets are.
+        let named = |_| {
+            let chance = RandomState::new().build_hasher().finish() & 0xff_ffff;
+            directory.join(format!("{PREFIX}{chance:06x}"))
+        };
+        let path = (0..9).map(named).find(|path| !path.exists()).expect("a name that is free");
         // The keeper before there is something to be removed.
         let mut keeper = KEPT.lock().expect("lock");
         let told = keeper.stdin.as_mut().expect("piped");
