@@ -32,7 +32,7 @@ pub const OVERHEAD_MIB: u64 = 40;
 /// Descriptors: the share's are 65,536 at most, but no attack here opens files without end; vsock's are 1,023.
 pub const DESCRIPTORS: usize = 1400;
 /// Longest an attack may take on an emulated host.
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_secs(180);
 /// How long a VMM whose guest stands still is watched, and the ticks of 10 ms that it may use meanwhile.
 const WATCH: Duration = Duration::from_millis(400);
 const IDLE_TICKS: u64 = 6;
