@@ -1,7 +1,10 @@
 # krx: `make demo` shows it, `make test` tests it, `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup build install deb kernel initramfs rootfs containerd demo test e2e soak lint check bench profile fuzz fmt clean
+.PHONY: help setup build programs install deb kernel initramfs rootfs containerd demo test e2e soak lint check bench profile fuzz fmt clean
 export PATH := $(HOME)/.cargo/bin:$(PATH)
+# The kernel beside the programs: an optimising linker leaves a processor idle, and so does a download.
+MAKEFLAGS += --jobs=2
+unexport MAKEFLAGS
 
 help: ## This list
 	@sed -n -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -9,7 +12,9 @@ help: ## This list
 setup: ## Install what is missing (as root), or say exactly what to install
 	@scripts/setup
 
-build: setup kernel initramfs ## Everything a user runs: krx, krx-vmm, guest kernel, initramfs
+build: kernel initramfs programs ## Everything a user runs: krx, krx-vmm, the shim, guest kernel, initramfs
+
+programs: setup
 	@scripts/programs
 
 install: ## Install what is built; PREFIX=/usr/local and DESTDIR= say where

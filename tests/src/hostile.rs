@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 
 use crate::Host;
 use crate::lan::Netns;
-use crate::pod::until;
+use crate::pod::{patience, until};
 use crate::scratch::Scratch;
 
 /// What the guest is given.
@@ -31,8 +31,8 @@ pub const MEMORY_MIB: u64 = 64;
 pub const OVERHEAD_MIB: u64 = 40;
 /// Descriptors: the share's are 65,536 at most, but no attack here opens files without end; vsock's are 1,023.
 pub const DESCRIPTORS: usize = 1400;
-/// Longest an attack may take on an emulated host.
-const DEADLINE: Duration = Duration::from_secs(180);
+/// Longest an attack may take.
+const DEADLINE: Duration = Duration::from_secs(60);
 /// How long a VMM whose guest stands still is watched, and the ticks of 10 ms that it may use meanwhile.
 const WATCH: Duration = Duration::from_millis(400);
 const IDLE_TICKS: u64 = 6;
@@ -414,7 +414,7 @@ fn attach(control: &Path, file: &Path) {
     let disk = File::options().read(true).write(true).create(true).truncate(true).open(file).expect("disk");
     disk.set_len(1 << 20).expect("length");
     let mut client = UnixStream::connect(control).expect("control socket");
-    client.set_read_timeout(Some(Duration::from_secs(30))).expect("timeout");
+    client.set_read_timeout(Some(patience(Duration::from_secs(30)))).expect("timeout");
     let line = b"{\"request\":{\"attach_disk\":{\"read_only\":false}}}\n";
     let fds = [disk.as_raw_fd()];
     let passed = [ControlMessage::ScmRights(&fds)];

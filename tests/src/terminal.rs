@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::{Winsize, openpty};
 
-use crate::pod::{Place, until};
+use crate::pod::{Place, patience, until};
 
 /// `krx` is its session's leader.
 #[derive(Debug)]
@@ -54,7 +54,7 @@ impl Terminal {
     /// When it is not in time.
     pub fn expect(&mut self, word: &str) -> String {
         let mut seen = Vec::new();
-        let deadline = Instant::now() + Duration::from_secs(90);
+        let deadline = Instant::now() + patience(Duration::from_secs(90));
         while !String::from_utf8_lossy(&seen).contains(word) {
             let left = deadline.saturating_duration_since(Instant::now());
             let text = String::from_utf8_lossy(&seen).into_owned();

@@ -13,7 +13,7 @@ use tests::cri::container::END;
 use tests::cri::messages::{NODE, Namespaces, POD, SANDBOX_READY};
 use tests::cri::pod::{CGROUPS, PodPlan};
 use tests::cri::stream::STDOUT;
-use tests::pod::until;
+use tests::pod::{patience, until};
 use tests::scratch::Scratch;
 
 fn main() -> ExitCode {
@@ -39,7 +39,7 @@ fn main() -> ExitCode {
 
 fn dial(address: &str) -> Option<String> {
     let stream = TcpStream::connect(address).and_then(|mut stream| {
-        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        stream.set_read_timeout(Some(patience(Duration::from_secs(20))))?;
         let mut text = String::new();
         stream.read_to_string(&mut text).map(|_| text)
     });

@@ -18,7 +18,7 @@ use tests::containerd::{Engine, suite};
 use tests::cri::container::{Container, END, Plan};
 use tests::cri::messages::{CONTAINER_EXITED, CONTAINER_RUNNING};
 use tests::cri::pod::{Pod, PodPlan};
-use tests::pod::until;
+use tests::pod::{patience, until};
 use tests::scratch::Scratch;
 
 /// Programs and options of the database, whose data lie in the volume `/data`.
@@ -66,7 +66,7 @@ fn redis(engine: &Engine) {
     let second = PodPlan::new(engine, "redis-client").run();
     let address = first.ip();
     let script = format!(
-        "redis-cli -h {address} set greeting 'from another pod' && redis-benchmark -h {address} -q -t set,get,lrange_100 -n 1500 -c 8 -d 512 && redis-cli -h {address} dbsize"
+        "redis-cli -h {address} set greeting 'from another pod' && redis-benchmark -h {address} -q -t set,get,lrange_100 -n 300 -c 8 -d 512 && redis-cli -h {address} dbsize"
     );
     let seen = software(&second, "client", &script).run().ok();
     assert!(seen.out.starts_with("OK\n"), "{seen:?}");
@@ -91,7 +91,7 @@ fn nginx_configuration(server: &str) -> String {
 /// `GET`, without more of HTTP than that.
 fn get(address: &str, path: &str) -> Option<Vec<u8>> {
     let mut stream = TcpStream::connect(address).ok()?;
-    stream.set_read_timeout(Some(Duration::from_secs(30))).ok()?;
+    stream.set_read_timeout(Some(patience(Duration::from_secs(30)))).ok()?;
     stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).ok()?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).ok()?;

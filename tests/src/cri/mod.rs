@@ -19,8 +19,9 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 
 use self::messages::{Empty, PodItem, PodList, StatusAnswer, Text};
+use crate::pod::patience;
 
-/// Longest any call may take; the kubelet's for a pod is four minutes. Under emulation a pod takes seconds.
+/// Longest any call may take, see [`patience`]; the kubelet's for a pod is four minutes.
 pub const CALL: Duration = Duration::from_secs(120);
 
 /// A connection to a CRI socket, made at the first call and made again when containerd was.
@@ -56,7 +57,7 @@ impl Client {
     {
         let path = format!("/runtime.v1.RuntimeService/{method}").parse::<PathAndQuery>().expect("method");
         let mut request = Request::new(request);
-        request.set_timeout(CALL);
+        request.set_timeout(patience(CALL));
         self.runtime.block_on(async {
             let mut grpc = tonic::client::Grpc::new(self.channel.clone());
             grpc.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;

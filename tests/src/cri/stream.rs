@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use tungstenite::client::IntoClientRequest;
 use tungstenite::{Error, Message, WebSocket};
 
+use crate::pod::patience;
+
 pub const STDIN: u8 = 0;
 pub const STDOUT: u8 = 1;
 pub const STDERR: u8 = 2;
@@ -39,7 +41,7 @@ impl Stream {
         let address = request.uri().authority().expect("address").to_string();
         request.headers_mut().insert("Sec-WebSocket-Protocol", PROTOCOL.parse().expect("header"));
         let tcp = TcpStream::connect(address).expect("streaming server");
-        tcp.set_read_timeout(Some(ANSWER)).expect("timeout");
+        tcp.set_read_timeout(Some(patience(ANSWER))).expect("timeout");
         let (socket, _) = tungstenite::client(request, tcp).expect("WebSocket");
         Self { socket, received: Default::default(), closed: false }
     }
@@ -89,7 +91,7 @@ impl Stream {
     pub fn wait_for(&mut self, channel: u8, text: &str) {
         let begin = Instant::now();
         while !self.text(channel).contains(text) {
-            assert!(self.receive() && begin.elapsed() < ANSWER, "no {text:?} in {:?}", self.all());
+            assert!(self.receive() && begin.elapsed() < patience(ANSWER), "no {text:?} in {:?}", self.all());
         }
     }
 

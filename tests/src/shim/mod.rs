@@ -22,7 +22,7 @@ use serde_json::Value;
 
 use self::events::Recorder;
 use crate::Host;
-use crate::pod::{Ended, finish};
+use crate::pod::{Ended, finish, patience};
 use crate::scratch::Scratch;
 
 /// containerd's namespace of all tasks here.
@@ -61,7 +61,7 @@ pub struct Shim {
 /// What each request is given.
 #[must_use]
 pub fn limit() -> Context {
-    with_duration(LIMIT)
+    with_duration(patience(LIMIT))
 }
 
 impl Player {
