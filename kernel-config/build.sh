@@ -113,7 +113,8 @@ if [[ -d $source ]]; then
     tree=$(cd "$source" && pwd)
 else
     tree=$cache/src
-    unpacked="$identity without ${unreachable[*]}"
+    # Other edits begin with what they were made for, not with what others have left.
+    unpacked="$identity without ${unreachable[*]}, $(sha256sum <"$edits")"
     if [[ $(cat "$cache/unpacked" 2>/dev/null) != "$unpacked" ]]; then
         say "unpacking $source"
         rm -rf "$tree" "$cache/unpacked" "$cache/build"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Edits to the unpacked kernel source that no option can make: edit-source.sh TREE BOOT-ORDER
 #
-# Each one removes work from every boot of a guest, takes nothing from a container, and says what it wins: counted milliseconds
-# (docs/benchmarks.md) and VM exits. An edit that finds neither its place nor its result fails, so that another version of
+# Each one removes work from every boot of a guest, and takes nothing that a container needs. What they win, in counted milliseconds and VM
+# exits, is in docs/benchmarks.md. An edit that finds neither its place nor its result fails, so that another version of
 # the kernel cannot lose it silently. Doing it twice does nothing.
 set -euo pipefail
 tree=$1
@@ -89,3 +89,57 @@ edit mm/page_alloc.c 'if (vm_total_pages < (pageblock_nr_pages * MIGRATE_TYPES))
 
 # The per-CPU areas of 180 KiB each need no huge page, which would be one more of the host's.
 edit arch/x86/kernel/setup_percpu.c 'atom_size = PMD_SIZE;' '		atom_size = PAGE_SIZE; /* krx */'
+
+# Memory gets its `struct page`s when it is first needed, 32 MiB at a time, and not all of it before the first process: Linux does so until its threads
+# for the rest have run, which are left out here. A guest of 1 GiB starts as one of 128 MiB does, and what it never uses costs its host nothing.
+# What counts free memory counts this, too.
+for line in \
+    'void __meminit __init_single_page(struct page *page, unsigned long pfn,' \
+    'static void __init deferred_free_pages(unsigned long pfn,' \
+    'static unsigned long __init deferred_init_pages(struct zone *zone,' \
+    'bool __init deferred_grow_zone(struct zone *zone, unsigned int order)'; do
+    edit mm/mm_init.c "$line" "${line/__*init /} /* krx */"
+done
+edit mm/mm_init.c 'static bool __init' 'static bool /* krx */'
+edit mm/mm_init.c 'static unsigned long __init' 'static unsigned long /* krx */'
+edit mm/internal.h 'bool __init deferred_grow_zone(struct zone *zone, unsigned int order);' 'bool deferred_grow_zone(struct zone *zone, unsigned int order); /* krx */
+#define KRX_CHUNK 8192UL'
+edit mm/page_alloc.c 'void __meminit __free_pages_core(struct page *page, unsigned int order,' 'void __free_pages_core(struct page *page, unsigned int order, /* krx */'
+edit arch/x86/Kconfig 'select ZONE_DMA32' '	# krx: no select ZONE_DMA32'
+edit mm/Kconfig 'config ARCH_KEEP_MEMBLOCK' 'config ARCH_KEEP_MEMBLOCK
+	default y # krx'
+edit mm/mm_init.c 'if ((nr_initialised > PAGES_PER_SECTION) &&' '	if ((nr_initialised > KRX_CHUNK) &&'
+edit mm/mm_init.c '(pfn & (PAGES_PER_SECTION - 1)) == 0) {' '	    (pfn & (KRX_CHUNK - 1)) == 0) {'
+edit mm/mm_init.c 'unsigned long nr_pages_needed = ALIGN(1 << order, PAGES_PER_SECTION);' '	unsigned long nr_pages_needed = ALIGN(1 << order, KRX_CHUNK);'
+edit mm/mm_init.c 'if ((first_deferred_pfn ^ spfn) < PAGES_PER_SECTION)' '		if ((first_deferred_pfn ^ spfn) < KRX_CHUNK)'
+edit mm/mm_init.c 'if (zone_end_pfn(zone) != pgdat_end_pfn(pgdat))' '	if (first_deferred_pfn == ULONG_MAX || zone_end_pfn(zone) != pgdat_end_pfn(pgdat)) /* krx */'
+for line in 'kthread_run(deferred_init_memmap, NODE_DATA(nid), "pgdatinit%d", nid);' \
+    'wait_for_completion(&pgdat_init_all_done_comp);' \
+    'static_branch_disable(&deferred_pages);' \
+    'set_zone_contiguous(zone);'; do
+    edit mm/mm_init.c "$line" "	if (0) /* krx */
+		$line"
+done
+edit include/linux/mm.h 'static inline unsigned long totalram_pages(void)' 'unsigned long nr_deferred_pages(void); /* krx */
+static inline unsigned long totalram_pages(void)'
+edit mm/show_mem.c 'long si_mem_available(void)' '/* krx: pages that have no struct page yet */
+unsigned long nr_deferred_pages(void)
+{
+	unsigned long managed = 0, total = totalram_pages();
+	struct zone *zone;
+
+	for_each_populated_zone(zone)
+		managed += zone_managed_pages(zone);
+	return total > managed ? total - managed : 0;
+}
+
+long si_mem_available(void)'
+edit include/linux/swap.h '#define nr_free_pages() global_zone_page_state(NR_FREE_PAGES)' '#define nr_free_pages() (global_zone_page_state(NR_FREE_PAGES) + nr_deferred_pages()) /* krx */'
+edit mm/show_mem.c 'available = global_zone_page_state(NR_FREE_PAGES) - totalreserve_pages;' '	available = nr_free_pages() - totalreserve_pages; /* krx */'
+edit mm/show_mem.c 'val->freeram = global_zone_page_state(NR_FREE_PAGES);' '	val->freeram = nr_free_pages(); /* krx */'
+edit mm/page-writeback.c 'x = global_zone_page_state(NR_FREE_PAGES);' '	x = nr_free_pages(); /* krx */'
+edit mm/page_alloc.c 'unsigned long size = zone_managed_pages(zone);' '		unsigned long size = zone_managed_pages(zone) + nr_deferred_pages(); /* krx */'
+edit mm/page_alloc.c 'batch = min(zone_managed_pages(zone) >> 10, SZ_1M / PAGE_SIZE);' '	batch = min((zone_managed_pages(zone) + nr_deferred_pages()) >> 10, SZ_1M / PAGE_SIZE); /* krx */'
+
+# No bounce buffers, 64 MiB of them, in guests with memory above 4 GiB: krx's devices reach all of it.
+edit arch/x86/kernel/pci-dma.c 'if (!no_iommu && max_possible_pfn > MAX_DMA32_PFN)' '	if (0) /* krx */'

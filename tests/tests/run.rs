@@ -82,12 +82,33 @@ fn options_that_docker_has_mean_what_they_do_there() {
     place.assert_clean();
 }
 
+/// MiB of `MemTotal` and `MemFree`, for each time that /proc/meminfo was looked at.
+fn memory_told(text: &str) -> Vec<u64> {
+    let kib = text.lines().filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+    kib.map(|kib| kib >> 10).collect()
+}
+
+/// The kernel knows all of it at once, and has taken none of it into use before it is needed (kernel-config/edit-source.sh).
 #[test]
 fn memory_is_what_was_asked_for() {
     let Some(place) = Place::new() else { return };
-    let ended = place.sh(&["--memory", "192M"], "grep MemTotal /proc/meminfo").ok();
-    let kib: u64 = ended.out.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("MemTotal");
-    assert!((140 << 10..192 << 10).contains(&kib), "{kib} KiB");
+    for (asked, mib, used) in [("192M", 192, 100), ("512M", 512, 380)] {
+        let script = format!(
+            "m() {{ grep -E '^Mem(Total|Free):' /proc/meminfo; }}; f() {{ dd if=/dev/zero of=/tmp/$1 bs=1M count={} 2>/dev/null; }}
+             m; f one & f two; wait; m; cat /tmp/one /tmp/two | tr -d '\\0' | wc -c >&2; rm /tmp/one /tmp/two; m",
+            used / 2
+        );
+        let options = ["--memory", asked, "--cpus", "2", "--tmpfs", "/tmp:size=100%"];
+        let ended = place.sh(&options, &script).ok();
+        let told = memory_told(&ended.out);
+        let &[total, free, total_full, free_full, total_again, free_again] = &told[..] else {
+            panic!("{ended:?}")
+        };
+        assert!((mib * 7 / 8 - 16..mib).contains(&total), "{told:?}");
+        assert_eq!((total_full, total_again), (total, total));
+        assert!(free > total - 48 && free_full < total - used && free_again > total - 64, "{told:?}");
+        assert!(ended.err.contains("0\n"), "{ended:?}");
+    }
 }
 
 #[test]
