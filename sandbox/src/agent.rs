@@ -23,6 +23,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
 use std::os::fd::AsRawFd;
 
+use crate::plain_file;
+
 /// How long an agent that already runs may take to answer a new connection.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a call over such a connection may take, if it does not wait for a process's end.
@@ -280,7 +282,7 @@ fn presentable(mut error: AgentError) -> AgentError {
 /// No VM listens at `vsock`.
 pub fn dial(vsock: &Path, port: u32) -> Result<UnixStream, CallError> {
     let connect = || {
-        let mut socket = UnixStream::connect(vsock)?;
+        let mut socket = plain_file::connect(vsock)?;
         socket.write_all(format!("CONNECT {port}\n").as_bytes())?;
         Ok(socket)
     };

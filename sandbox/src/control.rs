@@ -11,6 +11,7 @@ use std::time::Duration;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 
+use crate::plain_file;
 use crate::vmm_process::VmmError;
 
 /// Longest answer taken.
@@ -47,7 +48,7 @@ pub(crate) fn ask(
 }
 
 fn exchange(socket: &Path, request: &Value, file: Option<&File>) -> io::Result<Value> {
-    let socket = UnixStream::connect(socket)?;
+    let socket = plain_file::connect(socket)?;
     socket.set_read_timeout(Some(CONTROL_TIMEOUT))?;
     socket.set_write_timeout(Some(CONTROL_TIMEOUT))?;
     let mut line = json!({ "request": request }).to_string();

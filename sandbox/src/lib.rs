@@ -26,6 +26,7 @@ mod image_file;
 pub mod live_volumes;
 mod mount_points;
 pub mod network;
+mod other_process;
 mod plain_file;
 pub mod pod;
 pub mod pod_containers;

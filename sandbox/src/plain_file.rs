@@ -3,7 +3,9 @@
 
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use nix::fcntl::OFlag;
@@ -43,6 +45,20 @@ pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     file.write_all(content).and_then(|()| fs::rename(&new, path))
 }
 
+/// Connects to a unix socket.
+///
+/// # Errors
+/// It is something else (`ELOOP` for a symbolic link), or nobody listens.
+pub(crate) fn connect(path: &Path) -> io::Result<UnixStream> {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW;
+    let socket = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)?;
+    match socket.metadata()?.file_type() {
+        kind if kind.is_symlink() => Err(io::Error::from_raw_os_error(libc::ELOOP)),
+        kind if kind.is_socket() => UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd())),
+        _ => Err(io::Error::other("It is not a socket")),
+    }
+}
+
 /// Whether both are of one file.
 pub(crate) fn is_same(a: &Metadata, b: &Metadata) -> bool {
     (a.dev(), a.ino()) == (b.dev(), b.ino())
@@ -71,6 +87,7 @@ pub(crate) fn read_capped(file: File, limit: u64) -> io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
+    use std::os::unix::net::UnixListener;
     use std::process;
 
     use nix::sys::stat::Mode;
@@ -98,6 +115,19 @@ mod tests {
         fs::remove_file(&path).unwrap();
         fs::create_dir(&path).unwrap();
         assert!(read(&path, 9).is_err() && replace(&path, b"new").is_err());
+    }
+
+    #[test]
+    fn what_is_no_socket_is_not_connected_to() {
+        let scratch = Scratch::new("plain");
+        let path = scratch.path().join("vsock.sock");
+        assert_eq!(connect(&path).unwrap_err().kind(), io::ErrorKind::NotFound);
+        let _listener = UnixListener::bind(&path).unwrap();
+        assert!(connect(&path).is_ok());
+        let link = scratch.path().join("link");
+        symlink(&path, &link).unwrap();
+        assert_eq!(connect(&link).unwrap_err().raw_os_error(), Some(libc::ELOOP));
+        assert!(connect(&scratch.write("file", b"")).is_err() && connect(scratch.path()).is_err());
     }
 
     #[test]

@@ -3,6 +3,9 @@
 //! Whoever holds the lock of `NAME/lock` owns the name. The VMM inherits the locked descriptor, so the lock is free
 //! exactly when owner and VMM are both gone: a directory whose lock can be taken is stale, and the next command
 //! removes it. Nothing here is removed recursively: below `share/` lie other people's files.
+//!
+//! A VMM may be its guest's. It has `vmm/`, with the sockets, and can write nowhere else: by what is in the lock and in
+//! `state.json` others judge it. In `vmm/` no link is followed.
 //! What is kept of containers beyond their pods is not here: see [`crate::detached`].
 
 use std::collections::BTreeMap;
@@ -22,11 +25,13 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::detached::Records;
+use crate::other_process::Process;
 use crate::plain_file::{self, is_open_in, is_same, replace};
 
 /// Where all pods' directories lie, unless `KRX_STATE_DIR` says otherwise.
 const DEFAULT_ROOT: &str = "/run/krx";
 pub(crate) const LOCK: &str = "lock";
+const SOCKETS: &str = "vmm";
 const STATE: &str = "state.json";
 /// `sun_path` of a unix socket address holds 108 bytes, the last one zero (unix(7)).
 pub(crate) const MAX_SOCKET_PATH: usize = 107;
@@ -69,7 +74,7 @@ pub enum StateError {
         source: io::Error,
     },
     #[error(
-        "Process {pid} is said to be the VMM of pod {name}, and is not: nothing was killed. It may have ended just now; else somebody has written to the pod's directory: `krx ps` names the pod's owner"
+        "Process {pid}, which was the VMM of pod {name}, is another one now: nothing was killed. The pod is ending; `krx ps` tells when it has"
     )]
     NotItsVmm { name: String, pid: u32 },
     #[error("{0} is not a state that this version of krx wrote")]
@@ -157,22 +162,27 @@ impl PodPaths {
         &self.0
     }
 
+    /// What the VMM may write to.
+    fn sockets(&self) -> PathBuf {
+        self.0.join(SOCKETS)
+    }
+
     /// Unix socket that leads to the guest's vsock ports.
     #[must_use]
     pub fn vsock(&self) -> PathBuf {
-        self.0.join("vsock.sock")
+        self.sockets().join("vsock")
     }
 
     /// Unix socket on which the host hears the guest's connections to its control port.
     #[must_use]
     pub fn agent_listener(&self) -> PathBuf {
-        self.0.join(format!("vsock.sock_{}", port::CONTROL))
+        self.sockets().join(format!("vsock_{}", port::CONTROL))
     }
 
     /// Control socket of the VMM.
     #[must_use]
     pub fn control(&self) -> PathBuf {
-        self.0.join("vmm.sock")
+        self.sockets().join("control")
     }
 
     /// Unix socket of the owner that tells where the time of the pod's starts went.
@@ -262,14 +272,12 @@ impl StateRoot {
         };
         clear(&path, &[LOCK]);
         // Removed by its drop, as far as it came.
-        let mut directory = StateDir { path: path.clone(), lock };
-        let lock = &mut directory.lock;
-        lock.set_len(0).and_then(|()| write!(lock, "{}", process::id())).map_err(failed)?;
-        let share = directory.paths().share();
-        DirBuilder::new()
-            .mode(0o700)
-            .create(&share)
-            .map_err(|source| StateError::Io { path: share, source })?;
+        let directory = StateDir { path: path.clone(), lock };
+        sign(&path).map_err(failed)?;
+        for path in [directory.paths().share(), directory.paths().sockets()] {
+            let made = DirBuilder::new().mode(0o700).create(&path);
+            made.map_err(|source| StateError::Io { path, source })?;
+        }
         Ok(directory)
     }
 
@@ -294,16 +302,16 @@ impl StateRoot {
     pub fn kill_vmm(&self, name: &str) -> Result<(), StateError> {
         let path = self.pod(name)?;
         let (_, state) = self.open(name)?;
-        let failed = |error: Errno| StateError::Io { path: path.clone(), source: error.into() };
-        // The VMM can write that number, too. Only who keeps the name taken is to be killed.
-        if !is_open_in(state.vmm_pid, &path.join(LOCK)) {
+        let failed = |source| StateError::Io { path: path.clone(), source };
+        let process = match Process::open(state.vmm_pid) {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+            opened => opened.map_err(failed)?,
+        };
+        // After that: now the number cannot become another's. A VMM that was orphaned still has the lock.
+        if process.parent() != Some(state.owner_pid) && !is_open_in(state.vmm_pid, &path.join(LOCK)) {
             return Err(StateError::NotItsVmm { name: name.into(), pid: state.vmm_pid });
         }
-        let pid = i32::try_from(state.vmm_pid).map(Pid::from_raw).map_err(|_| failed(Errno::ESRCH))?;
-        match kill(pid, nix::sys::signal::SIGKILL) {
-            Err(Errno::ESRCH) => Ok(()),
-            result => result.map_err(failed),
-        }
+        process.kill().map_err(failed)
     }
 
     /// Running pods in order of their names; stale directories met on the way are removed.
@@ -362,7 +370,11 @@ impl StateDir {
 
 impl Drop for StateDir {
     fn drop(&mut self) {
-        remove(&self.path);
+        // Somebody may have removed the lock by hand, and the name is another's then.
+        let current = fs::symlink_metadata(self.path.join(LOCK));
+        if current.is_ok_and(|now| self.lock.metadata().is_ok_and(|own| is_same(&own, &now))) {
+            remove(&self.path);
+        }
     }
 }
 
@@ -392,15 +404,18 @@ fn examine(path: &Path) -> Result<Option<Listed>, StateError> {
 
 pub(crate) fn try_lock(directory: &Path, create: bool) -> io::Result<Attempt> {
     let path = directory.join(LOCK);
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create(create).truncate(false).mode(0o600);
-    let mut file = match plain_file::open(&path, &mut options) {
+    let mut make = OpenOptions::new();
+    make.write(true).create(true).truncate(false).mode(0o600);
+    let made = if create { plain_file::open(&path, &mut make).map(drop) } else { Ok(()) };
+    // To be read only: the VMM inherits it.
+    let mut file = match made.and_then(|()| plain_file::open(&path, OpenOptions::new().read(true))) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Attempt::Gone),
         opened => opened?,
     };
     // Before the lock: after a failed attempt the file is given back.
-    let mut holder = String::new();
-    (&mut file).take(10).read_to_string(&mut holder)?;
+    let mut holder = Vec::new();
+    (&mut file).take(10).read_to_end(&mut holder)?;
+    let holder = String::from_utf8_lossy(&holder);
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => {
             // Between open and lock the former owner may have removed the file: its lock then guards nothing.
@@ -415,6 +430,12 @@ pub(crate) fn try_lock(directory: &Path, create: bool) -> io::Result<Attempt> {
         Err((_, Errno::EWOULDBLOCK)) => Ok(Attempt::Held(holder.trim().parse().unwrap_or_default())),
         Err((_, error)) => Err(error.into()),
     }
+}
+
+/// Says in a lock that this process has it.
+pub(crate) fn sign(directory: &Path) -> io::Result<()> {
+    let mut lock = plain_file::open(&directory.join(LOCK), OpenOptions::new().write(true).truncate(true))?;
+    write!(lock, "{}", process::id())
 }
 
 /// Whether a process with this PID exists. PID 0 stands for a holder that has not written its own yet.
@@ -436,6 +457,11 @@ pub(crate) fn remove(path: &Path) {
 /// Removes the entries of a directory but `keep`: files by unlink, directories only if empty. A mount that should
 /// never be seen here would otherwise have its files deleted.
 pub(crate) fn clear(path: &Path, keep: &[&str]) {
+    let sockets = path.join(SOCKETS);
+    if fs::symlink_metadata(&sockets).is_ok_and(|found| found.is_dir()) {
+        // The VMM's alone, and never a place for mounts; follows no links.
+        let _ = fs::remove_dir_all(sockets);
+    }
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
         if keep.iter().any(|name| entry.file_name() == **name) {
             continue;
@@ -503,7 +529,7 @@ mod tests {
         assert!(!scratch.path().join("made/web").exists());
     }
 
-    /// What a VMM that its guest has taken over can put there.
+    /// What somebody can put there who should not be able to.
     #[test]
     fn links_and_numbers_lead_nowhere() {
         let scratch = Scratch::new("state");
@@ -512,17 +538,20 @@ mod tests {
         let held = root.create("web").unwrap();
         symlink(&precious, scratch.path().join("web/state.new")).unwrap();
         let mut sleeper = process::Command::new("sleep").arg("60").spawn().unwrap();
-        held.publish(&PodState { vmm_pid: sleeper.id(), ..state("web") }).unwrap();
+        let of = |owner_pid| PodState { vmm_pid: sleeper.id(), owner_pid, ..state("web") };
+        let (stranger, own) = (of(1), of(process::id()));
+        held.publish(&stranger).unwrap();
         assert!(
             matches!(root.kill_vmm("web"), Err(StateError::NotItsVmm { pid, .. }) if pid == sleeper.id())
         );
         assert!(sleeper.try_wait().unwrap().is_none());
-        // One that has the lock open is the VMM, or its owner.
-        sleeper.kill().unwrap();
-        sleeper.wait().unwrap();
+        held.publish(&own).unwrap();
+        root.kill_vmm("web").unwrap();
+        assert!(!sleeper.wait().unwrap().success());
+        // An orphan has the lock open.
         let lock = File::open(scratch.path().join("web/lock")).unwrap();
         let mut vmm = process::Command::new("sleep").arg("60").stdin(lock).spawn().unwrap();
-        held.publish(&PodState { vmm_pid: vmm.id(), ..state("web") }).unwrap();
+        held.publish(&PodState { vmm_pid: vmm.id(), owner_pid: 1, ..state("web") }).unwrap();
         root.kill_vmm("web").unwrap();
         assert!(!vmm.wait().unwrap().success());
         for (file, reason) in [("web/state.json", "state"), ("web/lock", "lock")] {
@@ -533,9 +562,29 @@ mod tests {
             assert!(root.list().unwrap().is_empty(), "{reason}");
         }
         assert!(matches!(root.create("web"), Err(StateError::Io { .. })));
+        // The lock is not ours any more, nor is the name.
         drop(held);
         assert_eq!(fs::read(&precious).unwrap(), b"data");
-        assert!(!scratch.path().join("web").exists());
+        assert!(scratch.path().join("web").exists());
+    }
+
+    #[test]
+    fn what_a_vmm_leaves_behind_goes_with_its_directory() {
+        let scratch = Scratch::new("state");
+        let root = StateRoot::at(scratch.path());
+        let precious = scratch.write("precious", b"data");
+        let held = root.create("web").unwrap();
+        let sockets = held.paths().sockets();
+        fs::create_dir_all(sockets.join("a/b")).unwrap();
+        symlink(scratch.path(), sockets.join("a/link")).unwrap();
+        drop(held);
+        assert!(precious.exists() && !scratch.path().join("web").exists());
+        // A lock says what it says.
+        let held = root.create("web").unwrap();
+        scratch.write("web/lock", b"\xff\xff");
+        assert!(matches!(root.create("web"), Err(StateError::InUse { holder: 0, .. })));
+        assert_eq!(root.list().unwrap().len(), 1);
+        drop(held);
     }
 
     #[test]
@@ -551,11 +600,11 @@ mod tests {
     fn stale_directory_is_taken_over_and_swept() {
         let scratch = Scratch::new("state");
         let root = StateRoot::at(scratch.path());
-        for file in ["web/lock", "web/vsock.sock", "web/state.json", "old/lock", "old/vmm.sock"] {
+        for file in ["web/lock", "web/vmm/vsock", "web/state.json", "old/lock", "old/vmm/control"] {
             scratch.write(file, b"4000000000");
         }
         let held = root.create("web").unwrap();
-        assert!(!scratch.path().join("web/vsock.sock").exists());
+        assert!(!held.paths().vsock().exists());
         let names: Vec<_> = root.list().unwrap().into_iter().map(|pod| pod.name).collect();
         assert_eq!(names, ["web"]);
         assert!(!scratch.path().join("old").exists());

@@ -32,7 +32,7 @@ impl<'a> Guest<'a> {
     #[must_use]
     pub fn with(place: &'a Place, options: &[&str]) -> Self {
         let pod = place.living_with("pod", options);
-        let agent = AgentClient::connect(&place.state().join("pod/vsock.sock")).expect("agent");
+        let agent = AgentClient::connect(&place.state().join("pod/vmm/vsock")).expect("agent");
         Self { pod, agent: Arc::new(agent) }
     }
 
@@ -47,7 +47,7 @@ impl<'a> Guest<'a> {
 
     #[must_use]
     pub fn process(&self, container: &str, process: &str) -> Process {
-        let vsock = self.pod.place.state().join("pod/vsock.sock");
+        let vsock = self.pod.place.state().join("pod/vmm/vsock");
         Process::new(self.agent.clone(), vsock, container, process)
     }
 

@@ -69,7 +69,7 @@ fn terminated_start_ends_cleanly() {
 
 /// Sends one request to the VMM's control socket.
 fn control(pod: &Living<'_>, request: &str) -> String {
-    let socket = pod.place.state().join(&pod.name).join("vmm.sock");
+    let socket = pod.place.state().join(&pod.name).join("vmm/control");
     let mut stream = UnixStream::connect(socket).expect("control socket");
     stream.write_all(format!("{request}\n").as_bytes()).expect("request");
     let mut answer = String::new();

@@ -223,12 +223,12 @@ fn what_is_stale_is_recognised_and_removed_by_the_next_command() {
     let Some((place, before)) = new_place() else { return };
     // As they are when both are killed, from one moment of a start to the next.
     let stale = |name: &str| {
-        for count in 0..4 {
+        for count in 0..5 {
             let pod = place.state().join(format!("{name}{count}"));
             fs::create_dir_all(&pod).expect("directory");
-            for file in &["lock", "share", "vsock.sock_1024"][..count] {
+            for file in &["lock", "share", "vmm", "vmm/vsock_1024"][..count] {
                 match *file {
-                    "share" => fs::create_dir(pod.join(file)).expect("directory"),
+                    "share" | "vmm" => fs::create_dir(pod.join(file)).expect("directory"),
                     file => fs::write(pod.join(file), "4000000000").expect("file"),
                 }
             }

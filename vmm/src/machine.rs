@@ -337,30 +337,37 @@ pub fn clean_up(config: &ValidConfig) {
 }
 
 /// The owner's lock in the state directory, which the VMM holds, too.
-const LOCK_FILE: &str = "lock";
+pub(crate) const LOCK_FILE: &str = "lock";
 
 /// Removes the pod's directory in the place of an owner that died.
 ///
 /// Never recursive: the share below it is made of bind mounts of the user's own files, and what a mistake would leave
-/// mounted must survive it. In a jail the directory is empty then, and the `janitor` can remove it.
+/// mounted must survive it. In a jail there is nothing of it but the sockets, and the `janitor` removes the rest.
 pub fn clean_up_for_owner(config: &ValidConfig, janitor: Option<Janitor>) {
     clean_up(config);
-    let Some(directory) = &config.state_dir else { return };
-    // In a jail it lies elsewhere.
-    if let Some(share) = config.share.as_ref().filter(|_| janitor.is_none()) {
-        let _ = nix::mount::umount2(&share.root, nix::mount::MntFlags::MNT_DETACH);
-    }
+    let Some(directory) = &config.state_dir else { return janitor.map_or((), Janitor::remove) };
+    // The owner listens beside them.
+    let sockets =
+        config.vsock.as_deref().and_then(Path::parent).filter(|sockets| sockets.starts_with(directory));
+    sockets.into_iter().for_each(empty);
+    let Some(janitor) = janitor else {
+        if let Some(share) = &config.share {
+            let _ = nix::mount::umount2(&share.root, nix::mount::MntFlags::MNT_DETACH);
+        }
+        empty(directory);
+        let _ = std::fs::remove_file(directory.join(LOCK_FILE));
+        return drop(std::fs::remove_dir(directory));
+    };
+    janitor.remove();
+}
+
+/// Removes files and empty directories, but for the lock: as long as it is there the name is taken, and all of this is still ours.
+fn empty(directory: &Path) {
     for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
         let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
-        // As long as the lock is there the name is taken, and all of this is still ours.
         if entry.file_name() != LOCK_FILE {
             let path = entry.path();
             let _ = if is_directory { std::fs::remove_dir(path) } else { std::fs::remove_file(path) };
         }
-    }
-    let _ = std::fs::remove_file(directory.join(LOCK_FILE));
-    match janitor {
-        Some(janitor) => janitor.remove(),
-        None => drop(std::fs::remove_dir(directory)),
     }
 }

@@ -89,25 +89,31 @@ pub fn adopt(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Closes all descriptors of the calling thread's table but the standard streams and one. The table has to be its own: what
-/// other threads hold by number must not be in it.
+/// Closes all descriptors of the calling thread's table but the standard streams and copies of two, which become 3 and 4. The
+/// table has to be its own: what other threads hold by number must not be in it.
 ///
 /// # Errors
-/// What close_range(2) says; `ENOSYS` before Linux 5.9.
-pub(crate) fn close_others(keep: BorrowedFd<'_>) -> io::Result<()> {
-    let keep = keep.as_raw_fd().cast_unsigned();
-    for (first, last) in [(3, keep.saturating_sub(1)), (keep + 1, u32::MAX)] {
-        if first > last {
-            continue;
-        }
-        // SAFETY: takes no pointer. Nothing of Rust's owns a descriptor in this table but the one that is left out, as the
-        // callers have unshared it; the owners are in the table that the other threads still have.
-        let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
-        if result < 0 {
-            return Err(io::Error::last_os_error());
-        }
+/// The limit of descriptors; what close_range(2) says: `ENOSYS` before Linux 5.9.
+pub(crate) fn keep_only(keep: [BorrowedFd<'_>; 2]) -> io::Result<[OwnedFd; 2]> {
+    const FIRST: RawFd = 3;
+    const BEHIND: RawFd = 5;
+    let done = |result: libc::c_long| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+    // Out of the way first, so that neither is closed by the other's coming.
+    let mut high = [0; 2];
+    for (copy, fd) in high.iter_mut().zip(keep) {
+        // SAFETY: takes no pointer.
+        *copy = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, BEHIND) };
+        done((*copy).into())?;
     }
-    Ok(())
+    for (number, copy) in (FIRST..).zip(high) {
+        // SAFETY: takes no pointer. Nothing of Rust's owns a descriptor in this table, as the callers have unshared it: the
+        // owners are in the table that the other threads still have.
+        done(unsafe { libc::dup3(copy, number, libc::O_CLOEXEC) }.into())?;
+    }
+    // SAFETY: as above.
+    done(unsafe { libc::syscall(libc::SYS_close_range, BEHIND, u32::MAX, 0) })?;
+    // SAFETY: both were made just now, and nobody else knows their numbers.
+    Ok([FIRST, FIRST + 1].map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
 /// Waits until one of two descriptors has something to read, or was closed at the other end; says which.

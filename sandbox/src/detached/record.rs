@@ -5,11 +5,11 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
-use std::{process, thread};
 
 use krx_proto::validate_id;
 use nix::fcntl::Flock;
@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::plain_file::{self, replace};
 use crate::state_dir::{
-    Attempt, CLEANING, LOCK, MAX_SOCKET_PATH, MAX_STATE, StateError, alive, clear, remove, try_lock,
+    Attempt, CLEANING, LOCK, MAX_SOCKET_PATH, MAX_STATE, StateError, alive, clear, remove, sign, try_lock,
 };
 
 /// Not the name of a pod.
@@ -124,7 +124,7 @@ impl Records {
         }
         let failed = |source| StateError::Io { path: directory.clone(), source };
         let begin = Instant::now();
-        let mut lock = loop {
+        let lock = loop {
             let made = DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
@@ -149,7 +149,7 @@ impl Records {
             return Err(StateError::Kept(name.into()));
         }
         clear(&directory, &[LOCK]);
-        lock.set_len(0).and_then(|()| write!(lock, "{}", process::id())).map_err(failed)?;
+        sign(&directory).map_err(failed)?;
         Ok(Keeping { directory, stays: false, _lock: lock })
     }
 

@@ -1,25 +1,34 @@
-//! Removes the pod's directory when its owner has died. That takes a descriptor of the directory above, which has those of
-//! all pods: nothing of the VMM's may have it. So one thread has it, in a table of descriptors of its own, and may do
-//! nothing but remove an empty directory there.
+//! Removes the pod's directory when its owner has died. The VMM has nothing of it but the directory of its sockets: the lock
+//! and the state of the pod, by which others judge it, are its owner's. And to remove a directory takes a descriptor of the
+//! one above, which has those of all pods. So one thread has both, in a table of descriptors of its own, and may do nothing
+//! but remove what is in the one, and an empty directory in the other.
 
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread::{self, JoinHandle};
 
+use nix::dir::{Dir, Type};
+use nix::fcntl::{OFlag, openat};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use super::JailError;
 use super::seccomp::{self, Kind};
+use crate::machine::LOCK_FILE;
 use crate::sys;
 
-/// A directory and the name of the one to be removed from it.
-pub(super) struct Parent {
-    directory: OwnedFd,
+/// The number of the pod's directory in the thread's table: the list of system calls names it.
+pub(super) const OWN: RawFd = 3;
+
+/// The pod's directory, the one above, and its name there.
+pub(super) struct Place {
+    own: OwnedFd,
+    parent: OwnedFd,
     name: OsString,
 }
 
@@ -30,39 +39,44 @@ pub struct Janitor {
     thread: JoinHandle<()>,
 }
 
-/// Opens the directory above `state_dir`, as a mount that leads nowhere else.
-pub(super) fn parent(state_dir: Option<&Path>) -> Result<Option<Parent>, JailError> {
-    let Some((parent, name)) = state_dir.and_then(|path| Some((path.parent()?, path.file_name()?))) else {
+/// Opens `state_dir` and the directory above, each as a mount that leads nowhere else.
+pub(super) fn place(state_dir: Option<&Path>) -> Result<Option<Place>, JailError> {
+    let Some((path, parent, name)) =
+        state_dir.and_then(|path| Some((path, path.parent()?, path.file_name()?)))
+    else {
         return Ok(None);
     };
     let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
-    let directory = sys::clone_tree(parent, false)
-        .map_err(|source| JailError::Directory { path: parent.join(name), source })?;
-    Ok(Some(Parent { directory, name: name.into() }))
+    let failed = |source| JailError::Directory { path: path.into(), source };
+    let own = sys::clone_tree(path, false).map_err(failed)?;
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let own = openat(&own, ".", flags, Mode::empty()).map_err(|error| failed(error.into()))?;
+    let parent = sys::clone_tree(parent, false).map_err(failed)?;
+    Ok(Some(Place { own, parent, name: name.into() }))
 }
 
 impl Janitor {
-    /// Starts the thread; returns when nobody else has `parent`.
-    pub(super) fn start(parent: Parent) -> io::Result<Self> {
-        let Parent { directory, name } = parent;
-        let directory = Arc::new(directory);
-        let theirs = Arc::clone(&directory);
+    /// Starts the thread; returns when nobody else has `place`.
+    pub(super) fn start(place: Place) -> io::Result<Self> {
+        let Place { own, parent, name } = place;
+        let both = Arc::new([own, parent]);
+        let theirs = Arc::clone(&both);
         let (call, called) = mpsc::sync_channel(1);
         let (ready, wait) = mpsc::sync_channel(1);
         let thread = thread::Builder::new().name("krx-janitor".into()).spawn(move || {
-            let own = take(theirs);
-            let _ = ready.send(own.as_ref().map(drop).map_err(io::Error::kind));
-            if let Ok(own) = own {
-                work(&own, &name, &called);
+            let taken = take(theirs);
+            let _ = ready.send(taken.as_ref().map(drop).map_err(io::Error::kind));
+            if let Ok((own, parent)) = taken {
+                work(own, &parent, &name, &called);
             }
         })?;
         wait.recv().map_err(io::Error::other)?.map_err(io::Error::from)?;
-        // The last one: it is closed, in the table of all the other threads.
-        drop(directory);
+        // The last ones: they are closed, in the table of all the other threads.
+        drop(both);
         Ok(Self { call, thread })
     }
 
-    /// Has the directory removed, if it is empty, and waits for that.
+    /// Has the directory removed, with the files and the empty directories in it, and waits for that.
     pub fn remove(self) {
         let _ = self.call.send(());
         // Panics abort the process, so a join cannot fail.
@@ -70,19 +84,30 @@ impl Janitor {
     }
 }
 
-/// Leaves the calling thread with a table of its own, in which there is this directory, and standard error.
-fn take(directory: Arc<OwnedFd>) -> io::Result<OwnedFd> {
+/// Leaves the calling thread with a table of its own, in which there are these two, and the standard streams.
+fn take(both: Arc<[OwnedFd; 2]>) -> io::Result<(Dir, OwnedFd)> {
     unshare(CloneFlags::CLONE_FILES)?;
-    let own = directory.try_clone()?;
-    drop(directory);
-    sys::close_others(own.as_fd())?;
-    Ok(own)
+    let [own, parent] = sys::keep_only([both[0].as_fd(), both[1].as_fd()])?;
+    drop(both);
+    Ok((Dir::from_fd(own)?, parent))
 }
 
-fn work(directory: &OwnedFd, name: &OsString, called: &Receiver<()>) {
+fn work(mut own: Dir, parent: &OwnedFd, name: &OsString, called: &Receiver<()>) {
     seccomp::confine(Kind::Janitor);
-    if called.recv().is_ok() {
-        // One that is not empty stays, as everything of the owner's does.
-        let _ = unlinkat(directory, name.as_os_str(), UnlinkatFlags::RemoveDir);
+    if called.recv().is_err() {
+        return;
     }
+    // Not one by one as they are listed: what is removed meanwhile may be left out.
+    let found: Vec<_> = own.iter().flatten().collect();
+    for entry in found {
+        let is_directory = entry.file_type() == Some(Type::Directory);
+        let flags = if is_directory { UnlinkatFlags::RemoveDir } else { UnlinkatFlags::NoRemoveDir };
+        // As long as the lock is there the name is taken, and all of this is still ours. A directory with something in it
+        // stays: that of the share may have other people's files.
+        if entry.file_name().to_bytes() != LOCK_FILE.as_bytes() {
+            let _ = unlinkat(&own, entry.file_name(), flags);
+        }
+    }
+    let _ = unlinkat(&own, LOCK_FILE, UnlinkatFlags::NoRemoveDir);
+    let _ = unlinkat(parent, name.as_os_str(), UnlinkatFlags::RemoveDir);
 }

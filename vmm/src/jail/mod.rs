@@ -86,10 +86,10 @@ pub struct Jailed {
 /// [`JailError`]. The process is then neither jailed nor as it was: it has to end.
 pub fn enter(mut config: ValidConfig) -> Result<Jailed, JailError> {
     seccomp::prepare().map_err(JailError::Seccomp)?;
-    let parent = janitor::parent(config.state_dir.as_deref())?;
+    let place = janitor::place(config.state_dir.as_deref())?;
     let directories = root::enter(&mut config)?;
     give_up()?;
-    let janitor = parent.map(Janitor::start).transpose().map_err(JailError::Janitor)?;
+    let janitor = place.map(Janitor::start).transpose().map_err(JailError::Janitor)?;
     let share = config.share.as_ref().map(|_| Path::new(SHARE));
     landlock::restrict(share, &directories).map_err(JailError::Landlock)?;
     Ok(Jailed { config, janitor })

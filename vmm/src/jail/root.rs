@@ -3,8 +3,8 @@
 //! ```text
 //! /                     tmpfs, read-only
 //! ├── share             the pod's share, see `share.rs`
-//! ├── state             the pod's own directory on the host: its sockets, its lock
-//! ├── vsock, control    the directories of these sockets, where they are not in the pod's own
+//! ├── vsock             the directory of the VM's sockets, in the pod's own directory on the host
+//! ├── control           that of its control socket, where it is another one
 //! └── proc/self/fd      this process's descriptors, by which the file server opens what it has looked up
 //! ```
 //!
@@ -68,7 +68,8 @@ pub(super) fn enter(config: &mut ValidConfig) -> Result<Vec<PathBuf>, JailError>
     Ok(places)
 }
 
-/// Copies of the directories that hold the VM's sockets; in `config`, they are where they will be.
+/// Copies of the directories that hold the VM's sockets; in `config`, they are where they will be. Of the pod's own
+/// directory, no more is left than that of its sockets.
 fn directories(config: &mut ValidConfig) -> Result<Vec<Tree>, JailError> {
     let mut trees: Vec<(PathBuf, Tree)> = Vec::new();
     let mut place_of = |directory: &Path, place: &str, path: &Path| {
@@ -79,15 +80,19 @@ fn directories(config: &mut ValidConfig) -> Result<Vec<Tree>, JailError> {
         trees.push((directory.into(), tree));
         Ok(PathBuf::from(place))
     };
-    if let Some(path) = &mut config.state_dir {
-        *path = place_of(path, "/state", path)?;
-    }
+    let pod = config.state_dir.take();
     for (socket, place) in [(&mut config.vsock, "/vsock"), (&mut config.control, "/control")] {
         let Some(path) = socket else { continue };
         // A path without a file name cannot be listened on: the socket says so.
         let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else { continue };
         let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
-        *path = place_of(directory, place, path)?.join(name);
+        let place = place_of(directory, place, path)?;
+        // Not the whole of the pod's own: by what else is there the VMM is judged.
+        let is_pods = pod.as_deref().is_some_and(|pod| directory.starts_with(pod) && directory != pod);
+        *path = place.join(name);
+        if is_pods {
+            config.state_dir = Some(place);
+        }
     }
     Ok(trees.into_iter().map(|(_, tree)| tree).collect())
 }
@@ -147,14 +152,16 @@ mod tests {
     #[test]
     fn paths_are_those_of_the_jail() {
         let (pod, other) = (TempDir::new().unwrap(), TempDir::new().unwrap());
-        let mut config =
-            config(pod.as_path(), &pod.as_path().join("v.sock"), &other.as_path().join("c.sock"));
+        let sockets = pod.as_path().join("sockets");
+        std::fs::create_dir(&sockets).unwrap();
+        let mut config = config(pod.as_path(), &sockets.join("v.sock"), &other.as_path().join("c.sock"));
         match directories(&mut config) {
             Err(_) => eprintln!("SKIP: mounting needs root"),
             Ok(trees) => {
                 let places: Vec<_> = trees.iter().map(|tree| tree.place.to_str().unwrap()).collect();
-                assert_eq!(places, ["/state", "/control"]);
-                assert_eq!(config.vsock.unwrap(), Path::new("/state/v.sock"));
+                assert_eq!(places, ["/vsock", "/control"]);
+                assert_eq!(config.state_dir.unwrap(), Path::new("/vsock"));
+                assert_eq!(config.vsock.unwrap(), Path::new("/vsock/v.sock"));
                 assert_eq!(config.control.unwrap(), Path::new("/control/c.sock"));
             }
         }

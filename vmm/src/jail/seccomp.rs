@@ -305,7 +305,13 @@ const FILES: &[Call] = &[
 ];
 
 /// Directories are removed, files are not.
-const REMOVAL: &[Call] = &[when(libc::SYS_unlinkat, 2, Is(bits(libc::AT_REMOVEDIR)))];
+/// What is in the pod's own directory, and any empty directory: see `janitor`.
+const REMOVAL: &[Call] = &[
+    when(libc::SYS_unlinkat, 0, Is(bits(super::janitor::OWN))),
+    when(libc::SYS_unlinkat, 2, Is(bits(libc::AT_REMOVEDIR))),
+    any(libc::SYS_getdents64),
+    any(libc::SYS_lseek),
+];
 
 /// The filters, once the process is to be jailed.
 static FILTERS: OnceLock<Filters> = OnceLock::new();
