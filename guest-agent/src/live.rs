@@ -40,7 +40,7 @@ pub(crate) struct Replica {
 }
 
 impl Replica {
-    /// Makes room for a copy; the container's first process fills it.
+    /// Makes room for a copy; the container's first process fills it, or the one that helps it.
     pub(crate) fn mount(source: &CStr, path: &CStr) -> Result<Self, StepError> {
         let [source, path] = [source, path].map(|text| Path::new(OsStr::from_bytes(text.to_bytes())));
         let doing = || format!("Cannot make room for a copy of {}", source.display());

@@ -3,8 +3,8 @@
 //! of the agent, the helper, hands it what comes from the guest ([`crate::sources`]), and sets what only the guest's root may
 //! set: names and kernel parameters of the guest's namespaces, and limits.
 //!
-//! They talk over a socket. The helper says when the IDs are mapped, hands over the sources, one a message, and waits for
-//! the process to have done with them; then it sets the limits, says so, and ends. A failure is said in the place of any of
+//! They talk over a socket. The helper says when the IDs are mapped, sets names and parameters, hands over the sources, one a
+//! message, and waits for the process to have done with them; then it sets the limits, says so, and ends. A failure is said in the place of any of
 //! these.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -60,7 +60,7 @@ impl Helper {
 
     fn help(&self, plan: &ContainerPlan, (pid, first): (i32, BorrowedFd<'_>)) -> Result<(), StepError> {
         self.tell(None)?;
-        sources::take(&plan.root, |tree| self.tell(Some(&tree)))?;
+        // First: with the last of the sources the first process goes on to its hooks.
         let proc = open_proc()?;
         let own = plan.namespaces & CloneFlags::CLONE_NEWUTS;
         if !own.is_empty() {
@@ -72,10 +72,15 @@ impl Helper {
                 set_sysctl(proc.as_fd(), path, value)?;
             }
         }
-        // The end of file: it has failed, and ended.
-        match read(&self.0, &mut [0]) {
-            Ok(1) => plan.process.govern(pid, proc.as_fd()),
-            _ => Ok(()),
+        sources::take(&plan.root, |tree| self.tell(Some(&tree)))?;
+        loop {
+            match read(&self.0, &mut [0]) {
+                Err(Errno::EINTR) => {}
+                Err(error) => return Err(error).doing(|| "Cannot hear of the container's first process"),
+                // It has failed, and ended.
+                Ok(0) => return Ok(()),
+                Ok(_) => return plan.process.govern(pid, proc.as_fd()),
+            }
         }
     }
 
@@ -107,7 +112,11 @@ impl Outside {
     pub(crate) fn await_limits(&self) -> Result<(), AgentError> {
         // Where the helper has failed, it has said so.
         let _ = write(&self.0, &[1]);
-        self.receive().map(drop)
+        match self.receive()? {
+            None => Ok(()),
+            // Of another length than what is attached: limits are not set.
+            Some(_) => Err(silence()),
+        }
     }
 
     fn receive(&self) -> Result<Option<OwnedFd>, AgentError> {
@@ -120,7 +129,8 @@ impl Outside {
                 Err(error) => return Err(StepError::new(doing(), error).into()),
             }
             match sys::socket::receive(self.0.as_fd(), &mut buffer) {
-                Err(Errno::EAGAIN | Errno::EINTR) => {}
+                // That it has ended without having read all that it was told comes before what it said.
+                Err(Errno::EAGAIN | Errno::EINTR | Errno::ECONNRESET) => {}
                 Err(error) => return Err(StepError::new(doing(), error).into()),
                 Ok((length, tree)) => {
                     let said = krx_proto::read_frame::<Report>(&mut &buffer[..length]);

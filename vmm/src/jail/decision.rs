@@ -60,7 +60,8 @@ pub(super) fn compile(
     let mut program = vec![
         instruction(LOAD, ARCHITECTURE, (0, 0)),
         instruction(IF_EQUAL, X86_64, (1, 0)),
-        instruction(RETURN, otherwise, (0, 0)),
+        // Numbers of another architecture mean other calls.
+        instruction(RETURN, libc::SECCOMP_RET_KILL_PROCESS, (0, 0)),
         instruction(LOAD, NUMBER, (0, 0)),
     ];
     let mut jumps = Vec::new();

@@ -15,6 +15,8 @@ use crate::sys::PAGE_SIZE;
 
 const E820_RAM: u32 = 1;
 const BOOT_FLAG: u16 = 0xaa55;
+/// Room for the tables that a kernel makes behind its image (`.brk`), which some images of 2022 do not count as theirs.
+pub(super) const BRK: u64 = 256 << 10;
 const HEADER_MAGIC: u32 = 0x5372_6448;
 /// Boot protocol 2.12: the first with `xloadflags`.
 const PROTOCOL: u16 = 0x20c;
@@ -89,7 +91,7 @@ pub fn load_initramfs_from(
     let too_large = || BootError::InitramfsTooLarge { path: path.to_path_buf(), mib: size.div_ceil(1 << 20) };
     let low_end = memory.last_addr().0.saturating_add(1).min(layout::HOLE_START);
     // Beside the kernel, in a huge page that is there: at memory's end, where the kernel has its own tables, it would take another.
-    let address = kernel_end.next_multiple_of(PAGE_SIZE);
+    let address = kernel_end.saturating_add(BRK).next_multiple_of(PAGE_SIZE);
     if address.checked_add(size).is_none_or(|end| end > low_end) {
         return Err(too_large());
     }
@@ -186,7 +188,7 @@ mod tests {
         let path = initramfs("good", 2 * PAGE_SIZE + 5);
         let placed = load_initramfs(&memory, &path, 0x100_0001).unwrap();
         std::fs::remove_file(path).unwrap();
-        assert_eq!(placed, Initramfs { address: 0x100_0000 + PAGE_SIZE, size: 2 * PAGE_SIZE + 5 });
+        assert_eq!(placed, Initramfs { address: 0x100_0000 + PAGE_SIZE + BRK, size: 2 * PAGE_SIZE + 5 });
         let last: u8 = memory.read_obj(GuestAddress(placed.address + placed.size - 1)).unwrap();
         assert_eq!(last, b'x');
     }

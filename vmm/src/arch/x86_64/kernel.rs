@@ -318,6 +318,33 @@ mod tests {
         assert_eq!(at(0x100_1800), 0);
     }
 
+    /// Around each border between what is copied and what is mapped, whether or not the segment begins at a huge page.
+    #[test]
+    fn long_segments_are_whole_whichever_part_is_mapped() {
+        let content: Vec<u8> =
+            (0..9_u32 << 20).map(|at| (at ^ (at >> 8) ^ (at >> 16)).to_le_bytes()[0]).collect();
+        let path = std::env::temp_dir().join(format!("krx-kernel-{}-long", std::process::id()));
+        std::fs::write(&path, &content).unwrap();
+        let file = File::open(&path).unwrap();
+        std::fs::remove_file(path).unwrap();
+        for (guest, offset, cut) in
+            [(0, 0, 0), (0x3000, 0x1000, 1), (0x1f_f000, 0, 0xfff), (0, 0x2000, 5 << 20)]
+        {
+            let memory = testing::memory(32);
+            let guest = layout::HIGH_MEMORY + guest;
+            let file_size = (8 << 20) - cut;
+            let memory_size = file_size + PAGE_SIZE;
+            let segment = Segment { offset, guest, file_size, memory_size, writable: false };
+            place(&memory, &file, segment).unwrap();
+            let mut found = vec![0xaa; usize::try_from(memory_size).unwrap()];
+            memory.read_slice(&mut found, GuestAddress(guest)).unwrap();
+            let (wanted, behind) = found.split_at(usize::try_from(file_size).unwrap());
+            let start = usize::try_from(offset).unwrap();
+            assert!(*wanted == content[start..start + wanted.len()], "{guest:#x} {offset:#x} {cut:#x}");
+            assert!(behind.iter().all(|byte| *byte == 0));
+        }
+    }
+
     #[test]
     fn images_that_are_not_kernels_are_refused() {
         let refused = |name, h: Vec<u8>, s: Vec<u8>| load_image(name, h, s).unwrap_err();

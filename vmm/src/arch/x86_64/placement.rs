@@ -121,18 +121,19 @@ fn an_initramfs_lies_between_the_kernel_and_the_end() {
         let low_end = bytes.min(layout::HOLE_START);
         let kernel_end = match room {
             i64::MIN => 32 * MIB,
-            room => low_end.saturating_sub(size).saturating_add_signed(-room),
+            room => low_end.saturating_sub(size + boot::BRK).saturating_add_signed(-room),
         };
         let file = sparse(size);
         let found = boot::load_initramfs_from(&memory, Path::new("test"), &file, kernel_end);
-        let fits =
-            low_end.checked_sub(size).is_some_and(|at| at / 4096 * 4096 >= kernel_end.next_multiple_of(4096));
+        let fits = low_end
+            .checked_sub(size)
+            .is_some_and(|at| at / 4096 * 4096 >= (kernel_end + boot::BRK).next_multiple_of(4096));
         assert_eq!(found.is_ok(), fits, "{size} bytes behind {kernel_end:#x} in {bytes:#x}");
         let Ok(initramfs) = found else { return };
         placed.set(placed.get() + 1);
         assert_eq!((initramfs.size, initramfs.address % PAGE_SIZE), (size, 0));
         let end = initramfs.address + initramfs.size;
-        assert_eq!(initramfs.address, kernel_end.next_multiple_of(PAGE_SIZE));
+        assert_eq!(initramfs.address, (kernel_end + boot::BRK).next_multiple_of(PAGE_SIZE));
         assert!(end <= low_end);
         let last: u8 = memory.read_obj(GuestAddress(end - 1)).unwrap();
         assert_eq!(last, b'x');
