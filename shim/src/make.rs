@@ -49,7 +49,12 @@ pub(crate) fn make(order: &Order, vm: Option<Arc<Vm>>) -> Result<(Arc<Vm>, Optio
     match (&config.role, vm) {
         (Role::Sandbox, None) => {
             // What the pod cannot have is refused now, as its containers could not be told of it.
-            bundle::read_in_pod(&order.id, &order.bundle, &first(&config))?;
+            let pause = bundle::read_in_pod(&order.id, &order.bundle, &first(&config))?;
+            if pause.spec.user_namespace.is_some() {
+                return Err(ShimError::unimplemented(
+                    "krx does not support user namespaces of a whole pod (hostUsers: false): a pod has a kernel of its own. A container outside of Kubernetes can have one",
+                ));
+            }
             let vm = Vm::boot(&order.namespace, &order.id, &config, &order.timings)?;
             vm.pod.identify(config.hostname, config.sysctls)?;
             order.timings.mark("guest has its name and network");

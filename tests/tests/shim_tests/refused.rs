@@ -82,14 +82,15 @@ pub(crate) fn bundles(player: &Player) {
 
 pub(crate) fn by_name(player: &Player) {
     let shim = asked(player, "named");
-    let refused = |field: &str, change: &dyn Fn(&mut Value)| {
+    let refused_as = |wanted: Code, field: &str, change: &dyn Fn(&mut Value)| {
         let mut config = bundle::config(&player.host, &SLEEP);
         change(&mut config);
         fs::write(shim.bundle.join("config.json"), config.to_string()).expect("config.json");
         let (code, message) = refusal(shim.create(&shim.id));
         assert!(message.contains(field), "{field}: {message}");
-        assert_eq!(code, Code::UNIMPLEMENTED, "{message}");
+        assert_eq!(code, wanted, "{message}");
     };
+    let refused = |field: &str, change: &dyn Fn(&mut Value)| refused_as(Code::UNIMPLEMENTED, field, change);
     let namespaces = |kinds: &[&str]| kinds.iter().map(|kind| json!({ "type": kind })).collect::<Vec<_>>();
     refused("hostNetwork", &|config| {
         config["linux"]["namespaces"] = namespaces(&["pid", "ipc", "mount"]).into()
@@ -97,11 +98,18 @@ pub(crate) fn by_name(player: &Player) {
     refused("hostIPC", &|config| {
         config["linux"]["namespaces"] = namespaces(&["pid", "network", "mount"]).into()
     });
-    refused("user namespaces", &|config| {
+    refused_as(Code::INVALID_ARGUMENT, "linux.uidMappings", &|config| {
         config["linux"]["namespaces"] = namespaces(&["pid", "ipc", "network", "user"]).into();
     });
-    refused("linux.uidMappings", &|config| {
-        config["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": 1000, "size": 10}]);
+    let mapping = || json!([{"containerID": 0, "hostID": 1000, "size": 10}]);
+    refused_as(Code::INVALID_ARGUMENT, "linux.uidMappings", &|config| {
+        config["linux"]["uidMappings"] = mapping();
+    });
+    refused("hostUsers: false", &|config| {
+        let linux = &mut config["linux"];
+        linux["namespaces"] = namespaces(&["pid", "ipc", "network", "mount", "user"]).into();
+        (linux["uidMappings"], linux["gidMappings"]) = (mapping(), mapping());
+        config["annotations"] = json!({"io.kubernetes.cri.container-type": "sandbox"});
     });
     refused("process.apparmorProfile", &|config| config["process"]["apparmorProfile"] = json!("of-mine"));
     refused("hooks", &|config| config["hooks"] = json!({"createRuntime": [{"path": "/bin/true"}]}));
