@@ -1,10 +1,10 @@
 # krx: `make demo` shows it, `make test` tests it, `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup build programs install deb kernel initramfs rootfs containerd demo test e2e soak lint check bench profile fuzz fmt clean
+.PHONY: help setup build install deb kernel initramfs rootfs containerd demo test e2e soak lint check bench profile fuzz fmt clean
 export PATH := $(HOME)/.cargo/bin:$(PATH)
-# The kernel beside the programs: an optimising linker leaves a processor idle, and so does a download.
-MAKEFLAGS += --jobs=2
-unexport MAKEFLAGS
+
+initramfs = scripts/agent && rootfs/initramfs.sh target/x86_64-unknown-linux-gnu/agent/krx-agent
+programs = $(initramfs) && scripts/programs
 
 help: ## This list
 	@sed -n -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -12,10 +12,9 @@ help: ## This list
 setup: ## Install what is missing (as root), or say exactly what to install
 	@scripts/setup
 
-build: kernel initramfs programs ## Everything a user runs: krx, krx-vmm, the shim, guest kernel, initramfs
-
-programs: setup
-	@scripts/programs
+# The kernel beside the rest: an optimising linker leaves a processor idle.
+build: setup ## Everything a user runs: krx, krx-vmm, the shim, guest kernel, initramfs
+	@kernel-config/build.sh & kernel=$$!; { $(programs); }; status=$$?; wait $$kernel && exit $$status
 
 install: ## Install what is built; PREFIX=/usr/local and DESTDIR= say where
 	@PREFIX="$(or $(PREFIX),/usr/local)" DESTDIR="$(DESTDIR)" scripts/install
@@ -27,7 +26,7 @@ kernel: setup ## Guest kernel (target/guest/vmlinux); KERNEL_SRC= and KERNEL= ov
 	@kernel-config/build.sh
 
 initramfs: setup ## Agent, static, in its initramfs (target/guest/initramfs.cpio)
-	@scripts/agent && rootfs/initramfs.sh target/x86_64-unknown-linux-gnu/agent/krx-agent
+	@$(initramfs)
 
 rootfs: setup ## Root file systems of the tests and the demo (target/guest/python-rootfs, software-rootfs, programs-rootfs)
 	@rootfs/python-rootfs.sh && rootfs/software-rootfs.sh && rootfs/software-rootfs.sh programs

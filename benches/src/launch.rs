@@ -103,6 +103,17 @@ impl ReportFile {
         Ok(Self { path, file })
     }
 
+    /// Writes a drawing beside the report.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn draw(&self, svg: &str) -> io::Result<()> {
+        let path = self.path.with_extension("svg");
+        std::fs::write(&path, svg)?;
+        println!("drawing: {}", path.display());
+        Ok(())
+    }
+
     /// Prints a report, writes it, and says whether it is within its budgets.
     ///
     /// # Errors

@@ -6,9 +6,9 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use benches::host::{self, Memory};
-use benches::start::{self, Programs, Start};
+use benches::start::{self, Programs, Size, Start};
 
-const MEMORY_MIB: u64 = 128;
+const SIZE: Size = Size { memory_mib: 128, vcpus: 1 };
 /// Runs before the first mark: what is read is in memory then.
 const WARM: usize = 2;
 
@@ -30,7 +30,7 @@ fn main() -> ExitCode {
 }
 
 fn profile(what: &str, runs: usize, directory: &Path) -> io::Result<()> {
-    let one: fn(&Programs, &Memory, u64) -> io::Result<Start> = match what {
+    let one: fn(&Programs, &Memory, Size) -> io::Result<Start> = match what {
         "vm" => start::vmm,
         "container" => start::container,
         _ => return Err(io::Error::other(format!("{what} cannot be profiled: vm or container"))),
@@ -40,12 +40,12 @@ fn profile(what: &str, runs: usize, directory: &Path) -> io::Result<()> {
     let mark = memory.copy(&directory.join("mark"), "mark")?;
     let set = |number: &str| Command::new(&mark).arg(number).status().map(drop);
     for _ in 0..WARM {
-        one(&programs, &memory, MEMORY_MIB)?;
+        one(&programs, &memory, SIZE)?;
     }
     std::fs::copy("/proc/kallsyms", directory.join("kallsyms"))?;
     set("1")?;
     for _ in 0..runs {
-        one(&programs, &memory, MEMORY_MIB)?;
+        one(&programs, &memory, SIZE)?;
     }
     set("2")
 }

@@ -1,6 +1,7 @@
 //! One start, watched from outside: `krx-vmm` to its agent's hello, `krx run` to the first byte of output, QEMU to
 //! PID 1. The watcher sleeps meanwhile, so that on an emulated host it does not count.
 
+use std::fmt::{self, Display, Formatter};
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -100,11 +101,29 @@ impl Drop for Killed {
     }
 }
 
+/// Of a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    pub memory_mib: u64,
+    pub vcpus: u32,
+}
+
+/// `128 MiB`, `2 GiB and 4 vCPUs`.
+impl Display for Size {
+    fn fmt(&self, out: &mut Formatter<'_>) -> fmt::Result {
+        match self.memory_mib {
+            mib if mib % 1024 == 0 => write!(out, "{} GiB", mib / 1024),
+            mib => write!(out, "{mib} MiB"),
+        }?;
+        if self.vcpus > 1 { write!(out, " and {} vCPUs", self.vcpus) } else { Ok(()) }
+    }
+}
+
 /// Boots `krx-vmm` until the agent has said hello.
 ///
 /// # Errors
 /// It does not come up.
-pub fn vmm(programs: &Programs, memory: &Memory, memory_mib: u64) -> io::Result<Start> {
+pub fn vmm(programs: &Programs, memory: &Memory, size: Size) -> io::Result<Start> {
     let (vsock, control, config) = (memory.path("vsock"), memory.path("control"), memory.path("config.json"));
     let service = memory.path(&format!("vsock_{}", port::CONTROL));
     for stale in [&vsock, &control, &service] {
@@ -112,7 +131,7 @@ pub fn vmm(programs: &Programs, memory: &Memory, memory_mib: u64) -> io::Result<
     }
     let listener = UnixListener::bind(&service)?;
     let json = json!({
-        "kernel": programs.kernel, "initramfs": programs.initramfs, "memory_mib": memory_mib, "vcpus": 1,
+        "kernel": programs.kernel, "initramfs": programs.initramfs, "memory_mib": size.memory_mib, "vcpus": size.vcpus,
         "vsock": vsock, "control": control
     });
     fs::write(&config, json.to_string())?;
@@ -129,7 +148,7 @@ pub fn vmm(programs: &Programs, memory: &Memory, memory_mib: u64) -> io::Result<
     let mut phases = vec![(SPAWNED.to_string(), spawned)];
     phases.extend(timings(&control)?);
     phases.push(("agent ready".into(), ready));
-    let resident = Some(resident::of(child.0.id(), memory_mib)?);
+    let resident = Some(resident::of(child.0.id(), size.memory_mib)?);
     Ok(Start { phases, resident })
 }
 
@@ -155,10 +174,14 @@ fn phases(json: &str) -> io::Result<Vec<(String, u64)>> {
 ///
 /// # Errors
 /// It does not say what it should.
-pub fn container(programs: &Programs, memory: &Memory, memory_mib: u64) -> io::Result<Start> {
+pub fn container(programs: &Programs, memory: &Memory, size: Size) -> io::Result<Start> {
     let mut command = Command::new(&programs.krx);
-    command.args(["run", "--timings=json", "--memory", &format!("{memory_mib}M"), "--rootfs"]);
-    command.arg(&programs.rootfs).args(["--", "/bin/echo", "42"]);
+    command.args(["run", "--timings=json", "--memory", &format!("{}M", size.memory_mib)]);
+    command.args(["--cpus", &size.vcpus.to_string(), "--rootfs"]).arg(&programs.rootfs).args([
+        "--",
+        "/bin/echo",
+        "42",
+    ]);
     command.env("KRX_VMM", &programs.vmm).env("KRX_KERNEL", &programs.kernel);
     command.env("KRX_INITRAMFS", &programs.initramfs).env("KRX_STATE_DIR", memory.path("state"));
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -212,10 +235,11 @@ impl Qemu {
     ///
     /// # Errors
     /// It does not within a while.
-    pub fn boot(&self, programs: &Programs, memory_mib: u64, seconds: u64) -> io::Result<u64> {
+    pub fn boot(&self, programs: &Programs, size: Size, seconds: u64) -> io::Result<u64> {
         let mut command = Command::new(&self.program);
         command.args(["-M", "microvm,acpi=off,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=off"]);
-        command.args(["-enable-kvm", "-cpu", "host", "-smp", "1", "-m", &format!("{memory_mib}M")]);
+        command.args(["-enable-kvm", "-cpu", "host", "-smp", &size.vcpus.to_string()]);
+        command.args(["-m", &format!("{}M", size.memory_mib)]);
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
         command.arg("-kernel").arg(&programs.kernel).arg("-initrd").arg(&programs.initramfs);
         command.args(["-append", "quiet panic=-1 reboot=t tsc=reliable no_timer_check random.trust_cpu=on"]);
