@@ -116,11 +116,19 @@ fn end(root: &StateRoot, name: &str) -> Result<(), CliError> {
     if send(root, name, Signal::SIGKILL)? && wait(root, name, AFTER_KILL)? {
         return Ok(());
     }
-    if root.kill_vmm(name).is_ok() && wait(root, name, AFTER_KILL)? {
+    let killed = match root.kill_vmm(name) {
+        Err(StateError::NotFound(_)) => Ok(()),
+        killed => killed,
+    };
+    if killed.is_ok() && wait(root, name, AFTER_KILL)? {
         return Ok(());
     }
     // One that is still starting has nothing to lose, and one that hangs is not to be asked.
-    let Ok(Some(owner)) = root.records().open(name).map(|kept| kept.owner) else { return Ok(()) };
+    let Ok(Some(owner)) = root.records().open(name).map(|kept| kept.owner) else {
+        killed?;
+        let owner = root.open(name).map_or(0, |(_, state)| state.owner_pid);
+        return Err(DetachedError::Stays(name.into(), owner).into());
+    };
     for number in [Signal::SIGTERM, Signal::SIGKILL] {
         let _ = i32::try_from(owner).map(|pid| kill(Pid::from_raw(pid), number));
         if wait(root, name, AFTER_KILL)? {
