@@ -270,13 +270,17 @@ const PYTHON: &str = "test_tempfile.TestNamedTemporaryFile test_tempfile.TestMks
     test_threading.BarrierTests test_subprocess.RunFuncTestCase test_socket.BasicTCPTest test_socket.SendmsgUnixStreamTest";
 const PYTHON_FULL: &str = "test_os test_tempfile test_threading test_subprocess test_socket";
 /// Those that fail, and why.
-const PYTHON_FAILS: [(&str, &str); 2] = [
+const PYTHON_FAILS: [(&str, &str); 3] = [
     ("test.test_os.UtimeTests.test_utime_current", GUEST_CLOCK),
     ("test.test_os.UtimeTests.test_utime_current_old", GUEST_CLOCK),
+    (
+        "test.test_subprocess.RunFuncTestCase.test_check_output_timeout",
+        "it gives python 3 s to start, on an emulated host",
+    ),
 ];
 /// They allow for 50 ms.
 const GUEST_CLOCK: &str =
-    "`now` as a file's time is the host's; the guest's clock was seen 0.1 to 0.2 s behind it, emulated";
+    "`now` as a file's time is the host's; the guest's clock was seen 0.1 to 0.5 s behind it, emulated";
 
 #[test]
 fn python_passes_its_own_tests() {
