@@ -1,10 +1,10 @@
 # krx: `make demo` shows it, `make test` tests it, `make help` lists the rest.
 .DEFAULT_GOAL := help
-.PHONY: help setup build install deb kernel initramfs rootfs containerd demo test e2e soak lint check bench profile fuzz fmt clean
+.PHONY: help setup build programs install deb kernel initramfs rootfs containerd demo test e2e soak lint check bench profile fuzz fmt clean
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 
 initramfs = scripts/agent && rootfs/initramfs.sh target/x86_64-unknown-linux-gnu/agent/krx-agent
-programs = $(initramfs) && scripts/programs
+unexport MAKEFLAGS
 
 help: ## This list
 	@sed -n -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -14,7 +14,10 @@ setup: ## Install what is missing (as root), or say exactly what to install
 
 # The kernel beside the rest: an optimising linker leaves a processor idle.
 build: setup ## Everything a user runs: krx, krx-vmm, the shim, guest kernel, initramfs
-	@kernel-config/build.sh & kernel=$$!; { $(programs); }; status=$$?; wait $$kernel && exit $$status
+	@$(MAKE) --no-print-directory --jobs=2 kernel programs
+
+programs: setup
+	@$(initramfs) && scripts/programs
 
 install: ## Install what is built; PREFIX=/usr/local and DESTDIR= say where
 	@PREFIX="$(or $(PREFIX),/usr/local)" DESTDIR="$(DESTDIR)" scripts/install

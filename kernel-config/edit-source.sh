@@ -102,6 +102,7 @@ for line in \
 done
 edit mm/mm_init.c 'static bool __init' 'static bool /* krx */'
 edit mm/mm_init.c 'static unsigned long __init' 'static unsigned long /* krx */'
+edit mm/internal.h 'void __meminit __init_single_page(struct page *page, unsigned long pfn,' 'void __init_single_page(struct page *page, unsigned long pfn, /* krx */'
 edit mm/internal.h 'bool __init deferred_grow_zone(struct zone *zone, unsigned int order);' 'bool deferred_grow_zone(struct zone *zone, unsigned int order); /* krx */
 #define KRX_CHUNK 8192UL'
 edit mm/page_alloc.c 'void __meminit __free_pages_core(struct page *page, unsigned int order,' 'void __free_pages_core(struct page *page, unsigned int order, /* krx */'
@@ -138,11 +139,18 @@ edit include/linux/swap.h '#define nr_free_pages() global_zone_page_state(NR_FRE
 edit mm/show_mem.c 'available = global_zone_page_state(NR_FREE_PAGES) - totalreserve_pages;' '	available = nr_free_pages() - totalreserve_pages; /* krx */'
 edit mm/show_mem.c 'val->freeram = global_zone_page_state(NR_FREE_PAGES);' '	val->freeram = nr_free_pages(); /* krx */'
 edit mm/page-writeback.c 'x = global_zone_page_state(NR_FREE_PAGES);' '	x = nr_free_pages(); /* krx */'
+edit mm/page-writeback.c 'nr_pages -= min(nr_pages, pgdat->totalreserve_pages);' '	nr_pages += nr_deferred_pages(); /* krx: one node */
+	nr_pages -= min(nr_pages, pgdat->totalreserve_pages);'
+# Nothing is reclaimed while there is memory that was never used.
+edit mm/vmscan.c 'if (!cpuset_zone_allowed(zone, gfp_flags))' '	if (deferred_grow_zone(zone, order)) /* krx */
+		return;
+
+	if (!cpuset_zone_allowed(zone, gfp_flags))'
 edit mm/page_alloc.c 'unsigned long size = zone_managed_pages(zone);' '		unsigned long size = zone_managed_pages(zone) + nr_deferred_pages(); /* krx */'
 edit mm/page_alloc.c 'batch = min(zone_managed_pages(zone) >> 10, SZ_1M / PAGE_SIZE);' '	batch = min((zone_managed_pages(zone) + nr_deferred_pages()) >> 10, SZ_1M / PAGE_SIZE); /* krx */'
 
 # No bounce buffers, 64 MiB of them, in guests with memory above 4 GiB: krx's devices reach all of it.
 edit arch/x86/kernel/pci-dma.c 'if (!no_iommu && max_possible_pfn > MAX_DMA32_PFN)' '	if (0) /* krx */'
 
-# Identifiers of IP packets, one random number for each 64 KiB of memory: those of 128 MiB are enough for a pod. 3 cms at 2 GiB.
-edit net/ipv4/route.c '256*1024);' '					      2048); /* krx */'
+# No compaction ahead of need: it looks at memory that is in use alone, which is always fragmented where the rest waits, and wakes twice a second.
+edit mm/compaction.c 'static unsigned int __read_mostly sysctl_compaction_proactiveness = 20;' 'static unsigned int __read_mostly sysctl_compaction_proactiveness; /* krx */'

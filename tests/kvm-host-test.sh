@@ -16,6 +16,7 @@ clean() {
     rm -rf "$work"
 }
 trap clean EXIT
+trap 'exit 1' INT TERM
 
 ok() {
     passed=$((passed + 1))

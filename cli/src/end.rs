@@ -126,8 +126,10 @@ fn end(root: &StateRoot, name: &str) -> Result<(), CliError> {
     // One that is still starting has nothing to lose, and one that hangs is not to be asked.
     let Ok(Some(owner)) = root.records().open(name).map(|kept| kept.owner) else {
         killed?;
-        let owner = root.open(name).map_or(0, |(_, state)| state.owner_pid);
-        return Err(DetachedError::Stays(name.into(), owner).into());
+        return match root.open(name) {
+            Err(StateError::NotFound(_)) => Ok(()),
+            opened => Err(DetachedError::Stays(name.into(), opened?.1.owner_pid).into()),
+        };
     };
     for number in [Signal::SIGTERM, Signal::SIGKILL] {
         let _ = i32::try_from(owner).map(|pid| kill(Pid::from_raw(pid), number));

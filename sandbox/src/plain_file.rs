@@ -1,4 +1,4 @@
-//! Files in a pod's directory. Its VMM can write there as well, and may be the guest's: no link is followed, nothing but a
+//! Files in a pod's directory. Its VMM can write in a part of it, and may be the guest's: no link is followed, nothing but a
 //! regular file is opened, and nobody waits for the other end of a pipe.
 
 use std::fs::{self, File, Metadata, OpenOptions};

@@ -2,7 +2,7 @@
 //!
 //! Whoever holds the lock of `NAME/lock` owns the name. The VMM inherits the locked descriptor, so the lock is free
 //! exactly when owner and VMM are both gone: a directory whose lock can be taken is stale, and the next command
-//! removes it. Nothing here is removed recursively: below `share/` lie other people's files.
+//! removes it. Nothing but `vmm/` is removed recursively: below `share/` lie other people's files.
 //!
 //! A VMM may be its guest's. It has `vmm/`, with the sockets, and can write nowhere else: by what is in the lock and in
 //! `state.json` others judge it. In `vmm/` no link is followed.
@@ -252,14 +252,21 @@ impl StateRoot {
         DirBuilder::new().recursive(true).mode(0o700).create(&self.0).map_err(failed)?;
         let begin = Instant::now();
         let lock = loop {
-            match DirBuilder::new().mode(0o700).create(&path) {
+            let is_new = match DirBuilder::new().mode(0o700).create(&path) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
-                _ => {}
-            }
+                made => made.is_ok(),
+            };
             // One that cannot be locked would be nobody's.
             let attempt = try_lock(&path, true).inspect_err(|_| drop(fs::remove_dir(&path)));
             match attempt.map_err(failed)? {
-                Attempt::Taken(lock) => break lock,
+                Attempt::Taken(lock) if is_new => break lock,
+                // Not taken over as it is: a VMM that is still ending may have it open.
+                Attempt::Taken(_stale) => match remove(&path) {
+                    Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
+                        return Err(failed(error));
+                    }
+                    _ => {}
+                },
                 Attempt::Gone => {}
                 Attempt::Held(holder) => {
                     let patience = if alive(holder) { CLEANING } else { VMM_AFTERLIFE };
@@ -270,7 +277,6 @@ impl StateRoot {
                 }
             }
         };
-        clear(&path, &[LOCK]);
         // Removed by its drop, as far as it came.
         let directory = StateDir { path: path.clone(), lock };
         sign(&path).map_err(failed)?;
@@ -305,6 +311,10 @@ impl StateRoot {
         let failed = |source| StateError::Io { path: path.clone(), source };
         let process = match Process::open(state.vmm_pid) {
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+            // The number is a thread's.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                return Err(StateError::NotItsVmm { name: name.into(), pid: state.vmm_pid });
+            }
             opened => opened.map_err(failed)?,
         };
         // After that: now the number cannot become another's. A VMM that was orphaned still has the lock.
@@ -373,7 +383,7 @@ impl Drop for StateDir {
         // Somebody may have removed the lock by hand, and the name is another's then.
         let current = fs::symlink_metadata(self.path.join(LOCK));
         if current.is_ok_and(|now| self.lock.metadata().is_ok_and(|own| is_same(&own, &now))) {
-            remove(&self.path);
+            let _ = remove(&self.path);
         }
     }
 }
@@ -383,7 +393,7 @@ fn examine(path: &Path) -> Result<Option<Listed>, StateError> {
     let failed = |source| StateError::Io { path: path.into(), source };
     let owner_pid = match try_lock(path, false).map_err(failed)? {
         Attempt::Taken(_lock) => {
-            remove(path);
+            let _ = remove(path);
             return Ok(None);
         }
         Attempt::Gone => {
@@ -447,11 +457,13 @@ pub(crate) fn alive(pid: u32) -> bool {
 }
 
 /// Removes a directory, whose lock the caller holds; the lock file goes last.
-pub(crate) fn remove(path: &Path) {
+///
+/// # Errors
+/// There is something left, or someone has made a new lock file meanwhile.
+pub(crate) fn remove(path: &Path) -> io::Result<()> {
     clear(path, &[LOCK]);
     let _ = fs::remove_file(path.join(LOCK));
-    // Fails, rightly, when someone has made a new lock file meanwhile.
-    let _ = fs::remove_dir(path);
+    fs::remove_dir(path)
 }
 
 /// Removes the entries of a directory but `keep`: files by unlink, directories only if empty. A mount that should

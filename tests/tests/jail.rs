@@ -47,11 +47,20 @@ fn assert_jailed(pod: &Living<'_>) {
         }
     }
     let root = Path::new("/proc").join(vmm.to_string()).join("root");
-    assert_eq!(names(&root), ["proc", "share", "state"]);
+    assert_eq!(names(&root), ["proc", "share", "vsock"]);
     assert_eq!(names(&root.join("proc")), ["self"]);
     assert_eq!(names(&root.join("proc/self")), ["fd", "mountinfo"]);
     assert_eq!(names(&root.join("share")), ["rootfs"]);
-    assert!(names(&root.join("state/share")).is_empty());
+    // The lock and the state, by which others judge the pod, are not there, and the lock that is inherited cannot be written.
+    assert_eq!(names(&root.join("vsock")), ["control", "vsock", "vsock_1024"]);
+    let flags = fs::read_dir(format!("/proc/{vmm}/fd")).expect("descriptors").flatten().filter_map(|fd| {
+        let number = fd.file_name().into_string().ok()?;
+        fs::read_link(fd.path()).ok().filter(|target| target.ends_with("web/lock"))?;
+        let info = fs::read_to_string(format!("/proc/{vmm}/fdinfo/{number}")).expect("fdinfo");
+        u32::from_str_radix(info.lines().find_map(|line| line.strip_prefix("flags:"))?.trim(), 8).ok()
+    });
+    let modes: Vec<_> = flags.map(|flags| flags & 0o3).collect();
+    assert_eq!(modes, [0], "one lock, O_RDONLY");
     for kind in ["mnt", "ipc", "uts", "net"] {
         assert_ne!(namespace(&vmm.to_string(), kind), namespace("self", kind), "{kind}");
     }
@@ -59,7 +68,7 @@ fn assert_jailed(pod: &Living<'_>) {
     for fd in fs::read_dir(format!("/proc/{vmm}/fd")).expect("descriptors").flatten() {
         let target = fs::read_link(fd.path()).unwrap_or_default();
         let outside =
-            target.is_dir() && !["/share", "/state", "/proc"].iter().any(|inside| target.starts_with(inside));
+            target.is_dir() && !["/share", "/vsock", "/proc"].iter().any(|inside| target.starts_with(inside));
         assert!(!outside, "{}", target.display());
     }
     let limits = fs::read_to_string(format!("/proc/{vmm}/limits")).expect("limits");

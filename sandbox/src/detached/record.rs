@@ -260,7 +260,7 @@ impl Records {
 
     /// Removes a directory, whose lock the caller holds, and that of all when it was the last one.
     fn drop_directory(&self, directory: &Path) {
-        remove(directory);
+        let _ = remove(directory);
         let _ = fs::remove_dir(&self.0);
     }
 }
@@ -300,7 +300,7 @@ impl Drop for Keeping {
         if self.stays {
             let _ = fs::remove_file(self.socket());
         } else {
-            remove(&self.directory);
+            let _ = remove(&self.directory);
             let _ = self.directory.parent().map(fs::remove_dir);
         }
     }

@@ -168,6 +168,11 @@ pub(super) mod tests {
         ] {
             assert_eq!(judge(&program, architecture, number, [0; 6]).0, said, "{architecture:#x} {number}");
         }
+        // Whatever becomes of calls that are not listed.
+        let rules = BTreeMap::from([(0, Vec::new())]);
+        let program = compile(rules, SeccompAction::Allow, SeccompAction::Errno(1)).unwrap();
+        assert_eq!(judge(&program, X86_64, 7, [0; 6]).0, allow);
+        assert_eq!(judge(&program, 0x4000_0003, 7, [0; 6]).0, kill);
     }
 
     #[test]

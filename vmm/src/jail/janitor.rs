@@ -100,8 +100,8 @@ fn work(mut own: Dir, parent: &OwnedFd, name: &OsString, called: &Receiver<()>) 
     // Not one by one as they are listed: what is removed meanwhile may be left out.
     let found: Vec<_> = own.iter().flatten().collect();
     for entry in found {
-        let is_directory = entry.file_type() == Some(Type::Directory);
-        let flags = if is_directory { UnlinkatFlags::RemoveDir } else { UnlinkatFlags::NoRemoveDir };
+        let is_file = entry.file_type().is_some_and(|kind| kind != Type::Directory);
+        let flags = if is_file { UnlinkatFlags::NoRemoveDir } else { UnlinkatFlags::RemoveDir };
         // As long as the lock is there the name is taken, and all of this is still ours. A directory with something in it
         // stays: that of the share may have other people's files.
         if entry.file_name().to_bytes() != LOCK_FILE.as_bytes() {

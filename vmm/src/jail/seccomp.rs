@@ -304,7 +304,6 @@ const FILES: &[Call] = &[
     any(libc::SYS_capset),
 ];
 
-/// Directories are removed, files are not.
 /// What is in the pod's own directory, and any empty directory: see `janitor`.
 const REMOVAL: &[Call] = &[
     when(libc::SYS_unlinkat, 0, Is(bits(super::janitor::OWN))),
