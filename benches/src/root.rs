@@ -87,8 +87,6 @@ impl Root {
         fs::read_dir(directory)?.try_for_each(|entry| self.copy(&entry?.path()))
     }
 
-    /// Makes it the root of this process and of those it will start.
-    ///
     /// Where a path inside is until it is entered.
     #[must_use]
     pub fn path(&self, inside: &Path) -> PathBuf {
@@ -109,8 +107,6 @@ impl Root {
         pivot_root(&top, &top.join(OLD))?;
         std::env::set_current_dir("/")?;
         let old = Path::new("/").join(OLD);
-        // Nothing is mounted there any more.
-        fs::remove_dir(old.join(relative(&top)))?;
         umount2(&old, MntFlags::MNT_DETACH)?;
         std::mem::forget(self);
         Ok(())

@@ -24,6 +24,8 @@ const PROGRAMS: [&str; 12] = [
     "containerd/usr/lib/cni/portmap",
     "release/containerd-shim-krx-v2",
 ];
+/// What removes scratch directories in the end.
+const OF_HOST: [&str; 2] = ["/bin/sh", "/bin/rm"];
 const FILES: [&str; 3] = ["release/krx-vmm", "guest/vmlinux", "guest/initramfs.cpio"];
 const DIRECTORIES: [&str; 1] = ["containerd/usr/lib/x86_64-linux-gnu/xtables"];
 
@@ -34,6 +36,9 @@ pub(crate) fn move_into_memory(more: impl FnOnce(&Root, &Tools) -> io::Result<()
     let root = Root::new(target.join("containerd/usr/lib/x86_64-linux-gnu"))?;
     for program in PROGRAMS {
         root.copy_program(&target.join(program))?;
+    }
+    for program in OF_HOST {
+        root.copy_program(Path::new(program))?;
     }
     for file in FILES {
         root.copy(&target.join(file))?;
