@@ -15,7 +15,7 @@ use nix::sched::{CloneFlags, setns};
 use crate::cgroup::{self, Cgroup};
 use crate::container::{ContainerPlan, MountKind, NEW_TIME, RootPlan};
 use crate::error::{Doing, StepError, invalid};
-use crate::forked::{Process, fork};
+use crate::forked::{Process, fork, make_first};
 use crate::freezer::Freezer;
 use crate::lifecycle::{Caller, Next, Reply, wrong_state};
 use crate::limits::Limits;
@@ -24,7 +24,7 @@ use crate::oom::OomWatch;
 use crate::process::ProcessPlan;
 use crate::relay::Relay;
 use crate::shm::SharedMemory;
-use crate::{child, disks, identity, network, outside, stats, sys};
+use crate::{child, disks, identity, network, stats, sys};
 
 /// More containers than a pod has. Stops a host gone wild from using up the guest's descriptors.
 const MAX_CONTAINERS: usize = 128;
@@ -475,24 +475,6 @@ impl Container {
         let missing = || AgentError::new(ErrorKind::NotFound, format_args!("There is no process {id:?}"));
         self.processes.get_mut(id).ok_or_else(missing)
     }
-}
-
-/// Makes a container's first process: in a user namespace, with somebody outside to help it.
-fn make_first(
-    caller: Caller,
-    plan: &ContainerPlan,
-    namespaces: CloneFlags,
-    cgroup: BorrowedFd<'_>,
-) -> Result<(Process, OwnedFd), StepError> {
-    let Some(namespace) = &plan.user_namespace else {
-        return fork(caller, &plan.process, namespaces, cgroup, |ends| child::first(plan, ends, None));
-    };
-    let (outside, helper) = outside::meeting()?;
-    let (process, first) = fork(caller, &plan.process, namespaces, cgroup, |ends| {
-        child::first(plan, ends, Some(&outside));
-    })?;
-    helper.begin(plan, namespace, (process.pid, first.as_fd()))?;
-    Ok((process, first))
 }
 
 fn find<'a>(

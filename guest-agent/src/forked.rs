@@ -8,12 +8,13 @@ use nix::sched::CloneFlags;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::write;
 
-use crate::child::{ChildEnds, MAX_REPORT, Report};
+use crate::child::{self, ChildEnds, MAX_REPORT, Report};
+use crate::container::ContainerPlan;
 use crate::error::{Doing, StepError};
 use crate::lifecycle::{Caller, Lifecycle, Next, Reply};
 use crate::process::ProcessPlan;
 use crate::stdio::Streams;
-use crate::sys;
+use crate::{outside, sys};
 
 #[derive(Debug)]
 pub(crate) struct Process {
@@ -106,6 +107,24 @@ pub(crate) fn fork(
             Ok((process, pidfd))
         }
     }
+}
+
+/// Makes a container's first process: in a user namespace, with somebody outside to help it.
+pub(crate) fn make_first(
+    caller: Caller,
+    plan: &ContainerPlan,
+    namespaces: CloneFlags,
+    cgroup: BorrowedFd<'_>,
+) -> Result<(Process, OwnedFd), StepError> {
+    let Some(namespace) = &plan.user_namespace else {
+        return fork(caller, &plan.process, namespaces, cgroup, |ends| child::first(plan, ends, None));
+    };
+    let (outside, helper) = outside::meeting()?;
+    let (process, first) = fork(caller, &plan.process, namespaces, cgroup, |ends| {
+        child::first(plan, ends, Some(&outside));
+    })?;
+    helper.begin(plan, namespace, (process.pid, first.as_fd()))?;
+    Ok((process, first))
 }
 
 fn no_report() -> AgentError {
