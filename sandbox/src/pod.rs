@@ -23,8 +23,8 @@ use crate::vmm_process::{Launch, VmmError, VmmProcess};
 
 /// Time for a guest that was told to power off; then its VM is stopped.
 const POWER_OFF: Duration = Duration::from_secs(5);
-/// Time for a VMM that lost its guest's connection to say why.
-const LAST_WORDS: Duration = Duration::from_millis(500);
+/// Time for a VMM that lost its guest's connection to say why: milliseconds, but on a host that stands still.
+const LAST_WORDS: Duration = Duration::from_secs(3);
 
 /// Why a pod did not come up, or did not stay up.
 #[derive(Debug, thiserror::Error)]

@@ -149,8 +149,10 @@ fn kvm_of_this_boot(root: &StateRoot) -> (Finding, bool) {
     }
     let asked = ask();
     let found = kvm(&asked);
-    // Only a verdict is kept: a missing device or permission may be mended at any time.
-    if let (Some(key), Ok(_)) = (key, &asked) {
+    // Only a verdict that lasts is kept: a missing device or permission may be mended at any time.
+    if let (Some(key), Ok(verdict)) = (key, &asked)
+        && verdict.is_lasting()
+    {
         keep(&path, &Answer { key, runs: found.level != Level::Error, what: found.what.clone() });
     }
     (found, true)

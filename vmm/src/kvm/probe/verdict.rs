@@ -55,6 +55,13 @@ pub enum Defect {
     SyscallWithoutPrivilege { cs: u16 },
 }
 
+impl Defect {
+    /// Whether it may be the host's moment and not its KVM: time that ran out.
+    fn may_pass(self) -> bool {
+        matches!(self, Self::Loop(Stop::Hung) | Self::Cmpxchg16b(Stop::Hung) | Self::Syscall(Stop::Hung))
+    }
+}
+
 impl fmt::Display for Defect {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -85,6 +92,17 @@ pub enum Verdict {
         loop_ns: Option<u64>,
         defects: Vec<Defect>,
     },
+}
+
+impl Verdict {
+    /// Whether a later look would find the same: not if the guest only ran out of time.
+    #[must_use]
+    pub fn is_lasting(&self) -> bool {
+        match self {
+            Self::RunsLinux { .. } | Self::Slow { .. } => true,
+            Self::CannotRunLinux { defects, .. } => !defects.iter().all(|defect| defect.may_pass()),
+        }
+    }
 }
 
 /// From here on an iteration of the loop is taken for emulated. Hardware needs less than 1 ns, AMD-V that is itself
