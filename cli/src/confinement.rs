@@ -196,7 +196,13 @@ fn tmpfs(text: &str) -> Result<Mount, CliError> {
         ));
     }
     let options = TMPFS.iter().chain(&given).map(ToString::to_string).collect();
-    Ok(Mount { destination: format!("/{path}"), kind: "tmpfs".into(), source: "tmpfs".into(), options })
+    Ok(Mount {
+        destination: format!("/{path}"),
+        kind: "tmpfs".into(),
+        source: "tmpfs".into(),
+        options,
+        id_map: None,
+    })
 }
 
 #[cfg(test)]

@@ -53,7 +53,7 @@ pub(crate) type Report = Result<(), AgentError>;
 /// The container's first process; it is in the container's namespaces already, but for the cgroup namespace. Where there is
 /// a user namespace among them, `outside` is who can do what it cannot.
 pub(crate) fn first(plan: &ContainerPlan, ends: &ChildEnds, outside: Option<&Outside>) -> ! {
-    let keep: Vec<_> = plan.root.disk.iter().map(AsFd::as_fd).chain(outside.map(AsFd::as_fd)).collect();
+    let keep: Vec<_> = plan.root.kept().chain(outside.map(AsFd::as_fd)).collect();
     run(ends, &plan.process, &keep, || {
         outside.map_or(Ok(()), Outside::await_ids)?;
         let proc = open_proc()?;

@@ -2,7 +2,7 @@
 //! looking is judged here, before any process exists. Pure; `rootfs` and `child` carry the plan out.
 
 use std::ffi::CString;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use krx_proto::{
     AgentError, ContainerSpec, Device, MOUNT_LIVE, MOUNT_SHM, Mount, Namespace, TimeOffset, UserNamespace,
@@ -13,6 +13,7 @@ use nix::sched::CloneFlags;
 use crate::device_filter::DeviceFilter;
 use crate::error::invalid;
 use crate::hooks::HooksPlan;
+use crate::id_map::IdMapPlan;
 use crate::limits::Limits;
 use crate::mount_options::{Bind, MountOptions};
 use crate::process::{ProcessPlan, c_string};
@@ -73,6 +74,12 @@ impl RootPlan {
         last.is_some_and(|mount| matches!(mount.what, MountKind::FileSystem { .. }))
     }
 
+    /// What a process that makes the container's mounts has to have of the agent's.
+    pub(crate) fn kept(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let maps = self.mounts.iter().filter_map(|mount| mount.id_map.as_ref()?.users());
+        self.disk.iter().map(AsFd::as_fd).chain(maps)
+    }
+
     /// Its device nodes are bound into it.
     pub(crate) fn binds_devices(&self) -> bool {
         self.has_own_dev() && !self.bound.is_empty()
@@ -86,6 +93,7 @@ pub(crate) struct MountPlan {
     pub(crate) is_the_guest_s: bool,
     pub(crate) what: MountKind,
     pub(crate) options: MountOptions,
+    pub(crate) id_map: Option<IdMapPlan>,
 }
 
 impl MountPlan {
@@ -229,6 +237,7 @@ fn mounts(id: &str, wanted: Vec<Mount>, namespaces: CloneFlags) -> Result<Vec<Mo
         kind: "tmpfs".into(),
         source: "tmpfs".into(),
         options: ["nosuid", "strictatime", "mode=755", "size=65536k"].map(String::from).into(),
+        id_map: None,
     };
     let missing = if wanted.iter().any(is_dev) { None } else { Some(dev) };
     let mut mounts = missing.into_iter().chain(wanted).enumerate();
@@ -242,7 +251,7 @@ fn mounts(id: &str, wanted: Vec<Mount>, namespaces: CloneFlags) -> Result<Vec<Mo
 
 /// `place` is where a copy goes, if it is a live volume.
 fn mount(wanted: Mount, place: impl FnOnce() -> String) -> Result<MountPlan, AgentError> {
-    let Mount { destination, kind, source, options } = wanted;
+    let Mount { destination, kind, source, options, id_map } = wanted;
     check_absolute("mounts: destination", &destination)?;
     let mut options = MountOptions::parse(&options);
     let parameters = std::mem::take(&mut options.parameters);
@@ -269,7 +278,14 @@ fn mount(wanted: Mount, place: impl FnOnce() -> String) -> Result<MountPlan, Age
     } else {
         file_system(&kind, source, parameters)?
     };
-    Ok(MountPlan { destination, is_the_guest_s: false, what, options })
+    let is_tmpfs = matches!(&what, MountKind::FileSystem { kind, .. } if kind.as_c_str() == c"tmpfs");
+    if options.copy_up && !is_tmpfs {
+        return Err(invalid(format_args!(
+            "mounts: {destination} is no tmpfs, which tmpcopyup is an option of"
+        )));
+    }
+    let id_map = id_map.map(|map| IdMapPlan::new(*map, &what, &destination)).transpose()?;
+    Ok(MountPlan { destination, is_the_guest_s: false, what, options, id_map })
 }
 
 fn file_system(
@@ -336,6 +352,7 @@ mod tests {
             kind: kind.into(),
             source: source.into(),
             options: options.iter().map(ToString::to_string).collect(),
+            id_map: None,
         };
         ContainerSpec { mounts: vec![mount], ..spec() }
     }
@@ -368,6 +385,12 @@ mod tests {
         refused(mounted("bind", "rel", &[]), "mounts: source:");
         refused(mounted("bind", "/s", &["size=1"]), "mounts:");
         refused(mounted("tm\0pfs", "", &[]), "mounts: type:");
+        refused(mounted("bind", "/s", &["tmpcopyup"]), "mounts:");
+        for kind in ["bind", "tmpfs"] {
+            let mut mapped = mounted(kind, "/s", &[]);
+            mapped.mounts[0].id_map = Some(Box::default());
+            refused(mapped, "mounts: ");
+        }
     }
 
     #[test]

@@ -24,7 +24,7 @@ use crate::oom::OomWatch;
 use crate::process::ProcessPlan;
 use crate::relay::Relay;
 use crate::shm::SharedMemory;
-use crate::{child, disks, identity, network, stats, sys};
+use crate::{child, disks, id_map, identity, network, stats, sys};
 
 /// More containers than a pod has. Stops a host gone wild from using up the guest's descriptors.
 const MAX_CONTAINERS: usize = 128;
@@ -215,6 +215,7 @@ impl Containers {
         let disk = disks::mount_root(&spec.disks)?;
         let mut plan = ContainerPlan::new(spec)?;
         plan.root.disk = disk;
+        id_map::prepare(&mut plan.root.mounts)?;
         if self.containers.contains_key(&id) {
             return Err(AgentError::new(ErrorKind::Exists, format_args!("Container {id} exists already")));
         }

@@ -12,6 +12,8 @@ pub(crate) struct MountOptions {
     pub(crate) propagation: Propagation,
     /// `bind` or `rbind`, the latter with what is mounted below.
     pub(crate) bind: Option<Bind>,
+    /// What is at its place, in a tmpfs (`tmpcopyup`).
+    pub(crate) copy_up: bool,
     /// Not an option of the mount, so one of the file system: name and value.
     pub(crate) parameters: Vec<(String, Option<String>)>,
 }
@@ -52,6 +54,7 @@ impl MountOptions {
             match option {
                 "bind" => self.bind = Some(Bind { recursive: false }),
                 "rbind" => self.bind = Some(Bind { recursive: true }),
+                "tmpcopyup" => self.copy_up = true,
                 // What every mount is anyway.
                 "" | "defaults" | "async" | "noiversion" | "nolazytime" | "nomand" => {}
                 _ => self.parameters.push(match option.split_once('=') {

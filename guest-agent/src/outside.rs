@@ -7,6 +7,7 @@
 //! message, and waits for the process to have done with them; then it sets the limits, says so, and ends. A failure is said in the place of any of
 //! these.
 
+use std::iter;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use krx_proto::{AgentError, ErrorKind, UserNamespace, id_map};
@@ -51,8 +52,7 @@ impl Helper {
         // In the agent's cgroup: the container's may have room for one process alone.
         let made = sys::process::fork_into(CloneFlags::CLONE_NEWNS, None);
         if made.doing(|| "Cannot make a process that helps the container's first")?.is_none() {
-            let disk: Vec<_> = plan.root.disk.iter().map(AsFd::as_fd).collect();
-            let keep = [&[first], &disk[..]].concat();
+            let keep: Vec<_> = iter::once(first).chain(plan.root.kept()).collect();
             child::helper(self.0.as_fd(), &keep, || self.help(plan, (pid, first)));
         }
         Ok(())
@@ -89,11 +89,12 @@ impl Helper {
     }
 }
 
-fn map_ids(pid: i32, UserNamespace { uids, gids }: &UserNamespace) -> Result<(), StepError> {
+/// Maps the IDs of the user namespace that a process alone is in.
+pub(crate) fn map_ids(pid: i32, UserNamespace { uids, gids }: &UserNamespace) -> Result<(), StepError> {
     let proc = open_proc()?;
     for (name, map) in [("uid_map", uids), ("gid_map", gids)] {
         write_file(proc.as_fd(), &format!("{pid}/{name}"), &id_map(map))
-            .doing(|| format!("Cannot write the {name} of the container's user namespace"))?;
+            .doing(|| format!("Cannot write the {name} of a user namespace"))?;
     }
     Ok(())
 }

@@ -11,9 +11,8 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::fs::{self, DirBuilder, File};
-use std::io::{Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::fs::{self, DirBuilder};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::Path;
@@ -23,10 +22,10 @@ use std::time::Duration;
 use krx_proto::validate_live_target;
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2, readlinkat};
-use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat, mkdirat};
-use nix::unistd::{Gid, Uid, fchown, symlinkat};
+use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2, readlinkat};
+use nix::sys::stat::fstat;
 
+use crate::copying::{Budget, copy_directory, errno, open_inside, set_owner};
 use crate::error::{Doing, StepError};
 
 /// Most that a copy may hold; Kubernetes' own limit of a volume's source is 1 MiB.
@@ -44,12 +43,6 @@ const NEXT_DATA: &str = "..data_tmp";
 /// that it leads to is gone.
 const FILL_ATTEMPTS: u32 = 4;
 const FILL_PAUSE: Duration = Duration::from_millis(400);
-
-/// What may still be copied.
-struct Budget {
-    bytes: u64,
-    entries: u64,
-}
 
 /// Where `..data` of the copy at `path` leads; `None` where no copy was made.
 pub(crate) fn current(path: &Path) -> Option<OsString> {
@@ -89,14 +82,6 @@ fn open_volume(path: &Path) -> nix::Result<OwnedFd> {
     openat2(AT_FDCWD, path, OpenHow::new().flags(flags).resolve(ResolveFlag::RESOLVE_NO_SYMLINKS))
 }
 
-/// A directory or file of the volume, at most one step below `directory` and not through a link. What is no file is
-/// not waited for.
-fn open_inside(directory: BorrowedFd<'_>, name: &[u8], flags: OFlag) -> nix::Result<OwnedFd> {
-    let flags = flags | OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-    let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
-    openat2(directory, name, OpenHow::new().flags(flags).resolve(resolve))
-}
-
 /// The atomic writer's own order: the new directory, the link, new names, then what is no longer needed.
 fn renew(volume: &OwnedFd, copy: &Path, target: &str) -> nix::Result<()> {
     let from = open_inside(volume.as_fd(), target.as_bytes(), OFlag::O_DIRECTORY)?;
@@ -128,76 +113,7 @@ fn copy_all(volume: &OwnedFd, from: &OwnedFd, copy: &Path, target: &str) -> nix:
     set_owner(root.as_fd(), &fstat(volume)?)?;
     DirBuilder::new().mode(0o700).create(copy.join(target)).map_err(errno)?;
     let to = open_inside(root.as_fd(), target.as_bytes(), OFlag::O_DIRECTORY)?;
-    copy_directory(from, &to, &mut Budget { bytes: MAX_BYTES, entries: MAX_ENTRIES }, MAX_DEPTH)
-}
-
-/// Copies what is in a directory, then its owner and mode.
-fn copy_directory(from: &OwnedFd, to: &OwnedFd, budget: &mut Budget, depth: u32) -> nix::Result<()> {
-    let depth = depth.checked_sub(1).ok_or(Errno::ELOOP)?;
-    let mut listing = Dir::from_fd(from.try_clone().map_err(errno)?)?;
-    for entry in listing.iter() {
-        let entry = entry?;
-        let name = entry.file_name();
-        if matches!(name.to_bytes(), b"." | b"..") {
-            continue;
-        }
-        budget.entries = budget.entries.checked_sub(1).ok_or(Errno::EFBIG)?;
-        let status = fstatat(from, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
-        match kind(&status) {
-            SFlag::S_IFDIR => {
-                mkdirat(to, name, Mode::S_IRWXU)?;
-                let inner = open_inside(to.as_fd(), name.to_bytes(), OFlag::O_DIRECTORY)?;
-                let from = open_inside(from.as_fd(), name.to_bytes(), OFlag::O_DIRECTORY)?;
-                copy_directory(&from, &inner, budget, depth)?;
-            }
-            SFlag::S_IFREG => {
-                let from = open_inside(from.as_fd(), name.to_bytes(), OFlag::O_NOFOLLOW)?;
-                let flags =
-                    OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-                copy_file(from, openat(to, name, flags, Mode::S_IRUSR | Mode::S_IWUSR)?, budget)?;
-            }
-            SFlag::S_IFLNK => symlinkat(readlinkat(from, name)?.as_os_str(), to, name)?,
-            // The kubelet makes no others.
-            _ => {}
-        }
-    }
-    set_owner(to.as_fd(), &fstat(from)?)
-}
-
-fn copy_file(from: OwnedFd, to: OwnedFd, budget: &mut Budget) -> nix::Result<()> {
-    let status = fstat(&from)?;
-    if kind(&status) != SFlag::S_IFREG {
-        return Err(Errno::EINVAL);
-    }
-    // One byte more than there may be, so that a file that is too large is known from one that fits.
-    let mut limited = File::from(from).take(budget.bytes + 1);
-    let mut to = File::from(to);
-    let copied = copy_bytes(&mut limited, &mut to).map_err(errno)?;
-    budget.bytes = budget.bytes.checked_sub(copied).ok_or(Errno::EFBIG)?;
-    set_owner(to.as_fd(), &status)
-}
-
-/// As `std::io::copy`, by read and write alone: the kernel's shorter ways differ between file systems.
-fn copy_bytes(from: &mut impl Read, to: &mut impl Write) -> std::io::Result<u64> {
-    let mut buffer = vec![0; 64 << 10];
-    let mut copied = 0;
-    loop {
-        let read = from.read(&mut buffer)?;
-        if read == 0 {
-            return Ok(copied);
-        }
-        to.write_all(&buffer[..read])?;
-        copied += read as u64;
-    }
-}
-
-fn set_owner(to: BorrowedFd<'_>, status: &FileStat) -> nix::Result<()> {
-    fchown(to, Some(Uid::from_raw(status.st_uid)), Some(Gid::from_raw(status.st_gid)))?;
-    fchmod(to, Mode::from_bits_truncate(status.st_mode & 0o7777))
-}
-
-fn kind(status: &FileStat) -> SFlag {
-    SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT
+    copy_directory(from, &to, &mut Budget { bytes: MAX_BYTES, entries: MAX_ENTRIES, depth: MAX_DEPTH })
 }
 
 /// Names in a directory of the copy.
@@ -211,10 +127,6 @@ fn names(path: &Path) -> nix::Result<BTreeSet<OsString>> {
         }
     }
     Ok(names)
-}
-
-fn errno(error: std::io::Error) -> Errno {
-    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }
 
 #[cfg(test)]
@@ -331,7 +243,7 @@ mod tests {
         // Links to files stay links, and a FIFO is not waited for.
         scratch.write("..2", &[("key", "x")]);
         symlink(scratch.at("outside/secret"), scratch.at("volume/..2/link")).unwrap();
-        nix::unistd::mkfifo(&scratch.at("volume/..2/fifo"), Mode::S_IRWXU).unwrap();
+        nix::unistd::mkfifo(&scratch.at("volume/..2/fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         scratch.fill().unwrap();
         let left = names(&scratch.at("copy/..2")).unwrap();
         assert_eq!(left.into_iter().collect::<Vec<_>>(), ["key", "link"]);

@@ -19,6 +19,7 @@ use nix::sys::stat::{Mode, SFlag, fstat, makedev, mkdirat, mknodat};
 use nix::unistd::{fchdir, pivot_root, symlinkat};
 
 use crate::container::{MountKind, MountPlan, RootPlan};
+use crate::copying::{Budget, copy_directory};
 use crate::error::{Doing, StepError};
 use crate::guest::open_path;
 use crate::sources::make_node;
@@ -30,6 +31,9 @@ use crate::sys::mount::{
 /// Dangling links of the image that are followed to make one path, as many as the kernel follows (path_resolution(7)).
 /// Stops links that lead to each other.
 const MAX_LINKS: u32 = 40;
+
+/// Directories in each other that are copied into a tmpfs. Some of each are open at a time.
+const MAX_COPY_DEPTH: u32 = 64;
 
 /// Device nodes that every container has: name, major and minor number.
 pub(crate) const DEVICES: [(&str, u64, u64); 6] =
@@ -174,6 +178,10 @@ fn mount_one(root: &Root, plan: &MountPlan, source: Option<OwnedFd>) -> Result<(
         }
         (None, _) => return Err(StepError::new(doing(), Errno::EINVAL)),
     };
+    if options.copy_up {
+        copy_up(root, destination, &tree)
+            .doing(|| format!("Cannot copy what is in {destination} into its tmpfs"))?;
+    }
     let mut attributes = options.attributes;
     if is_late_read_only(plan) {
         attributes.set &= !libc::MOUNT_ATTR_RDONLY;
@@ -189,6 +197,16 @@ fn mount_one(root: &Root, plan: &MountPlan, source: Option<OwnedFd>) -> Result<(
         ..AttributeChange::default()
     };
     change(tree.as_fd(), propagation).doing(doing)
+}
+
+/// Fills a tmpfs with what is in the directory that it will be mounted on. It has a limit of its own.
+fn copy_up(root: &Root, destination: &str, tree: &OwnedFd) -> nix::Result<()> {
+    let from = match root.open(destination, OFlag::O_RDONLY | OFlag::O_DIRECTORY) {
+        Err(Errno::ENOENT) => return Ok(()),
+        found => found?,
+    };
+    let to = openat(tree, ".", OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    copy_directory(&from, &to, &mut Budget { bytes: u64::MAX, entries: u64::MAX, depth: MAX_COPY_DEPTH })
 }
 
 /// A tmpfs becomes read-only when all is mounted: mount points in it have to be made first.

@@ -59,7 +59,9 @@ fn source(plan: &MountPlan) -> Result<Option<OwnedFd>, StepError> {
     };
     let doing = || format!("Cannot bind {} to {}", source.to_string_lossy(), plan.destination);
     let place = open_path(source).doing(doing)?;
-    clone_tree(place.as_fd(), c"", recursive).map(Some).doing(doing)
+    let tree = clone_tree(place.as_fd(), c"", recursive).doing(doing)?;
+    plan.id_map.as_ref().map_or(Ok(()), |map| map.apply(tree.as_fd(), &plan.destination))?;
+    Ok(Some(tree))
 }
 
 /// What a container gets of a live volume: its copy, or the volume itself where none can be made of it. That is as

@@ -1,7 +1,7 @@
 //! What a user namespace changes in the plan of a container: which of its file systems and kernel parameters are out of
 //! its reach, and who its device nodes belong to. Pure; `outside` does what follows from it.
 
-use krx_proto::{AgentError, Device, DeviceKind, UserNamespace, guest_id, validate_id_mappings};
+use krx_proto::{AgentError, BadMap, Device, DeviceKind, UserNamespace, guest_id, validate_container_map};
 use nix::sched::CloneFlags;
 
 use crate::container::MountKind;
@@ -13,12 +13,14 @@ const OF_IPC: [&str; 5] = ["fs/mqueue/", "kernel/msg", "kernel/sem", "kernel/shm
 
 pub(crate) fn checked(namespace: UserNamespace) -> Result<UserNamespace, AgentError> {
     for (name, map) in [("uids", &namespace.uids), ("gids", &namespace.gids)] {
-        validate_id_mappings(map).map_err(|bad| {
-            let index = bad.index.map(|index| format!("[{index}]")).unwrap_or_default();
-            invalid(format_args!("user_namespace.{name}{index}: {}", bad.what))
-        })?;
+        validate_container_map(map).map_err(|bad| bad_map(&format!("user_namespace.{name}"), &bad))?;
     }
     Ok(namespace)
+}
+
+pub(crate) fn bad_map(field: &str, bad: &BadMap) -> AgentError {
+    let index = bad.index.map(|index| format!("[{index}]")).unwrap_or_default();
+    invalid(format_args!("{field}{index}: {}", bad.what))
 }
 
 /// All nodes of the container's `/dev`, with the guest's IDs: those it asks for, and the usual ones.

@@ -56,11 +56,12 @@ pub use stats::{
     TrafficStats,
 };
 pub use user_namespace::{
-    BadMap, IdMapping, MAX_ID_MAPPINGS, UserNamespace, guest_id, id_map, validate_id_mappings,
+    BadMap, IdMapping, MAX_ID_MAPPINGS, MountIdMap, UserNamespace, guest_id, id_map, validate_container_map,
+    validate_id_mappings,
 };
 
 /// Version of the protocol; both sides must agree exactly, as they are shipped together.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// Vsock ports of the guest. All are below 2^16 and above the privileged range but one.
 pub mod port {

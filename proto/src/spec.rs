@@ -7,7 +7,7 @@ use crate::devices::{Device, DeviceRule};
 use crate::disks::Disk;
 use crate::hooks::Hooks;
 use crate::resources::Resources;
-use crate::user_namespace::UserNamespace;
+use crate::user_namespace::{MountIdMap, UserNamespace};
 
 /// One container. Paths are paths in the guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,6 +62,8 @@ pub struct Mount {
     pub source: String,
     /// Options as in `config.json`: flags by name (`ro`, `nosuid`, ...), the rest is the file system's data.
     pub options: Vec<String>,
+    /// Of what is bound alone.
+    pub id_map: Option<Box<MountIdMap>>,
 }
 
 /// Kind of a mount of the pod's shared memory.

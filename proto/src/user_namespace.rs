@@ -1,4 +1,5 @@
-//! The user namespace of a container: which IDs of it are which of the guest's (`user_namespaces(7)`).
+//! Maps of IDs: the user namespace of a container (`user_namespaces(7)`), and mounts whose files' owners are mapped
+//! (`mount_setattr(2)`, *ID-mapped mounts*).
 
 use std::fmt::Write;
 
@@ -14,6 +15,15 @@ const MAX_MAP: usize = 4095;
 pub struct UserNamespace {
     pub uids: Vec<IdMapping>,
     pub gids: Vec<IdMapping>,
+}
+
+/// Other owners for the files of a mount: what belongs to an ID of `container` on disk belongs to the one of `guest` in
+/// the guest, and the other way around what is made there. What is not mapped belongs to nobody.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountIdMap {
+    pub ids: UserNamespace,
+    /// For what is mounted below, too.
+    pub recursive: bool,
 }
 
 /// A range of IDs: those of the container from `container` on are those of the guest from `guest` on.
@@ -33,14 +43,27 @@ pub struct BadMap {
     pub what: String,
 }
 
-/// Judges a map as the kernel would, and says why. The container's root has to be in it: its file systems are made by that.
+/// Judges a map of a container's user namespace: its root has to be in it, by whom its file systems are made.
+///
+/// # Errors
+/// The map is none, or without the container's root.
+pub fn validate_container_map(map: &[IdMapping]) -> Result<(), BadMap> {
+    validate_id_mappings(map)?;
+    if guest_id(map, 0).is_none() {
+        let what = "maps the container's ID 0 to nothing: it is needed to make the container".into();
+        return Err(BadMap { index: None, what });
+    }
+    Ok(())
+}
+
+/// Judges a map as the kernel would, and says why.
 ///
 /// # Errors
 /// The map is none.
 pub fn validate_id_mappings(map: &[IdMapping]) -> Result<(), BadMap> {
     let all = |what: String| Err(BadMap { index: None, what });
     if map.is_empty() {
-        return all("is empty, which a user namespace has no use for".into());
+        return all("is empty, which maps no ID at all".into());
     }
     if map.len() > MAX_ID_MAPPINGS {
         return all(format!("has {} mappings, Linux takes {MAX_ID_MAPPINGS} at most", map.len()));
@@ -61,9 +84,6 @@ pub fn validate_id_mappings(map: &[IdMapping]) -> Result<(), BadMap> {
         if before.iter().any(|other| overlap((other.guest, other.size), (one.guest, one.size))) {
             return bad("has IDs of the host's side that another mapping has, too".into());
         }
-    }
-    if guest_id(map, 0).is_none() {
-        return all("maps the container's ID 0 to nothing: it is needed to make the container".into());
     }
     if id_map(map).len() > MAX_MAP {
         return all(format!("is longer than the {MAX_MAP} bytes that Linux takes: use fewer mappings"));
@@ -114,7 +134,7 @@ mod tests {
     #[test]
     fn what_the_kernel_would_refuse_is_refused_with_a_reason() {
         let refused = |ranges: &[(u32, u32, u32)], index: Option<usize>, word: &str| {
-            let bad = validate_id_mappings(&map(ranges)).unwrap_err();
+            let bad = validate_container_map(&map(ranges)).unwrap_err();
             assert_eq!(bad.index, index, "{}", bad.what);
             assert!(bad.what.contains(word), "{}", bad.what);
         };
@@ -128,7 +148,8 @@ mod tests {
         let many = |count: u32, from: u32| (0..count).map(|id| (id, from + id, 1)).collect::<Vec<_>>();
         refused(&many(341, 0), None, "340");
         refused(&many(340, 1_000_000_000), None, "4095 bytes");
-        assert_eq!(validate_id_mappings(&map(&many(340, 0))), Ok(()));
+        assert_eq!(validate_id_mappings(&map(&[(1, 100, 10)])), Ok(()));
+        assert_eq!(validate_container_map(&map(&many(340, 0))), Ok(()));
         assert_eq!(validate_id_mappings(&map(&[(0, 0, u32::MAX)])), Ok(()));
     }
 }

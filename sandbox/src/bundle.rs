@@ -7,6 +7,7 @@
 
 mod devices;
 mod hooks;
+mod id_map;
 mod json;
 mod namespaces;
 mod pod_mounts;
@@ -323,21 +324,16 @@ fn add_mount(
     in_pod: bool,
 ) -> Result<(), BundleError> {
     let options = wanted.options().clone().unwrap_or_default();
-    let mapped = wanted.uid_mappings().is_some() || wanted.gid_mappings().is_some();
-    let name = |option: &str| option.split('=').next().unwrap_or_default().to_string();
-    if mapped || options.iter().any(|option| matches!(name(option).as_str(), "idmap" | "ridmap")) {
-        return Err(unsupported(field, "ID-mapped mounts"));
-    }
-    // An extension of runc's, which copies the image's files into a tmpfs.
-    if options.iter().any(|option| option == "tmpcopyup") {
-        return Err(unsupported(format!("{field}.options"), "tmpcopyup"));
-    }
+    let (options, id_map) = id_map::read(field, wanted, options, container.spec.user_namespace.as_deref())?;
     let path = wanted.destination().to_str().and_then(destination);
     let destination =
         path.ok_or_else(|| invalid(format!("{field}.destination"), "is not an absolute path below /"))?;
     let kind = wanted.typ().clone().unwrap_or_default();
     let source = wanted.source().clone().unwrap_or_default();
     let is_bind = kind == "bind" || options.iter().any(|option| matches!(option.as_str(), "bind" | "rbind"));
+    if options.iter().any(|option| option == "tmpcopyup") && (is_bind || kind != "tmpfs") {
+        return Err(invalid(format!("{field}.options"), "tmpcopyup is an option of a tmpfs alone"));
+    }
     let mount = if is_bind {
         let path = bundle.join(&source);
         let field = format!("{field}.source");
@@ -347,15 +343,17 @@ fn add_mount(
             path: path.clone(),
             source,
         })?;
-        let mount = Mount { destination, kind: "bind".into(), source: String::new(), options };
+        let mount = Mount { destination, kind: "bind".into(), source: String::new(), options, id_map };
         let replacement = if in_pod { pod_mounts::replacement(container, &mount, &source) } else { None };
         replacement.unwrap_or_else(|| {
             let source = container.share(source, is_read_only(&mount.options));
             Mount { source, ..mount }
         })
+    } else if id_map.is_some() {
+        return Err(unsupported(field, "ID mappings of what is not a bind mount"));
     } else if FILE_SYSTEMS.contains(&kind.as_str()) {
         user_namespace::check_owners(field, &options, container.spec.user_namespace.as_deref())?;
-        Mount { destination, source: source.to_string_lossy().into_owned(), kind, options }
+        Mount { destination, source: source.to_string_lossy().into_owned(), kind, options, id_map: None }
     } else {
         return Err(unsupported(format!("{field}.type"), format!("file system type {kind:?}")));
     };
@@ -546,6 +544,10 @@ mod tests {
         assert!(read_pod(&privileged, false).unwrap_err().to_string().contains("/dev/kvm"));
     }
 
+    fn one_id() -> Value {
+        json!([{"containerID": 0, "hostID": 1, "size": 1}])
+    }
+
     #[test]
     fn refused_fields_are_named() {
         let cases = [
@@ -582,9 +584,12 @@ mod tests {
             ("/process/apparmorProfile", json!("p"), "process.apparmorProfile"),
             ("/process/selinuxLabel", json!("l"), "process.selinuxLabel"),
             ("/mounts/0/type", json!("nfs"), "mounts[0].type"),
-            ("/mounts/0/options", json!(["idmap"]), "mounts[0]"),
-            ("/mounts/0/options", json!(["ridmap=0:0:1"]), "mounts[0]"),
-            ("/mounts/0/options", json!(["tmpcopyup"]), "mounts[0].options"),
+            ("/mounts/0/options", json!(["ridmap=0:0:1"]), "mounts[0].options"),
+            (
+                "/mounts/0",
+                json!({"destination": "/proc", "type": "proc", "uidMappings": one_id(), "gidMappings": one_id()}),
+                "mounts[0]",
+            ),
             ("/ociVersion", json!("2.0.0"), "ociVersion"),
             ("/linux/intelRdt", json!({"closID": "x"}), "linux.intelRdt"),
             ("/linux/mountLabel", json!("l"), "linux.mountLabel"),
@@ -674,6 +679,9 @@ mod tests {
             ("/process/cwd", json!("relative"), "process.cwd"),
             ("/mounts/0/destination", json!("proc"), "mounts[0].destination"),
             ("/mounts/0/destination", json!("/a/../../b"), "mounts[0].destination"),
+            ("/mounts/0/options", json!(["idmap"]), "mounts[0].options"),
+            ("/mounts/0/options", json!(["tmpcopyup"]), "mounts[0].options"),
+            ("/mounts/0/uidMappings", one_id(), "mounts[0].gidMappings"),
             ("/linux/namespaces", json!([{"type": "pid"}]), "hostname"),
             ("/linux/namespaces/1", json!({"type": "pid"}), "linux.namespaces[1].type"),
             ("/linux/namespaces/1", json!({"type": "user"}), "linux.uidMappings"),

@@ -119,7 +119,7 @@ impl Container {
             let source = self.share(source, read_only);
             let access = if read_only { "ro" } else { "rw" };
             let options = vec!["rbind".into(), access.into()];
-            self.spec.mounts.push(Mount { destination, kind: "bind".into(), source, options });
+            self.spec.mounts.push(Mount { destination, kind: "bind".into(), source, options, id_map: None });
         }
         Ok(())
     }

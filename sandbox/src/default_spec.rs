@@ -73,6 +73,7 @@ fn mount((destination, kind, source, options): &(&str, &str, &str, &[&str])) -> 
         kind: (*kind).into(),
         source: (*source).into(),
         options: options.iter().map(ToString::to_string).collect(),
+        id_map: None,
     }
 }
 

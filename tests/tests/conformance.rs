@@ -8,6 +8,9 @@ use tests::dice::Dice;
 use tests::pod::{Ended, Place, finish};
 use tests::terminal::Terminal;
 
+#[path = "conformance/mounts.rs"]
+mod mounts;
+
 const CHECKER: &str = include_str!("conformance/checker.py");
 
 /// What `runc spec` writes, but for its terminal.

@@ -90,6 +90,7 @@ fn containers_of_a_pod_have_shared_memory_in_common() {
         kind: "shm".into(),
         source: "shm".into(),
         options: options.iter().map(ToString::to_string).collect(),
+        id_map: None,
     };
     let run = |id: &str, script: &str, options: &[&str]| {
         guest.run(id, script, |spec| {
@@ -200,6 +201,7 @@ fn changes_of_a_live_volume_reach_its_watchers() {
         kind: "live".into(),
         source: path.clone(),
         options: vec!["rbind".into(), "rprivate".into(), "ro".into()],
+        id_map: None,
     });
     let process = guest.create(spec).expect("create");
     let mut stdout = process.connect(Stream::Stdout).expect("stdout");
@@ -250,6 +252,7 @@ fn a_volume_that_is_too_large_for_a_copy_is_bound() {
         kind: "live".into(),
         source: path.clone(),
         options: vec!["ro".into()],
+        id_map: None,
     };
     let mut spec =
         shell("large", "stat -c %s -L /config/large; awk '$2 == \"/config\" {print $3}' /proc/mounts");
@@ -294,6 +297,7 @@ fn containers_that_are_gone_leave_nothing() {
             kind: "live".into(),
             source: format!("{}/volume-1", krx_proto::SHARE_PATH),
             options: Vec::new(),
+            id_map: None,
         });
         let process = guest.create(spec).expect("create");
         if cycle % 2 == 0 {

@@ -58,7 +58,19 @@ pub(crate) fn set_attributes(mount: BorrowedFd<'_>, change: AttributeChange) -> 
         propagation: change.propagation,
         userns_fd: 0,
     };
-    let recursive = if change.recursive { libc::AT_RECURSIVE } else { 0 };
+    set(mount, attributes, change.recursive)
+}
+
+/// Gives the files of a detached mount the owners that the maps of a user namespace say.
+pub(crate) fn set_id_map(mount: BorrowedFd<'_>, users: BorrowedFd<'_>, recursive: bool) -> nix::Result<()> {
+    let userns_fd = u64::from(users.as_raw_fd().cast_unsigned());
+    let attributes =
+        libc::mount_attr { attr_set: libc::MOUNT_ATTR_IDMAP, attr_clr: 0, propagation: 0, userns_fd };
+    set(mount, attributes, recursive)
+}
+
+fn set(mount: BorrowedFd<'_>, attributes: libc::mount_attr, recursive: bool) -> nix::Result<()> {
+    let recursive = if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is a terminated constant and `attributes` a whole structure of the size given; the kernel
     // only reads both.
     let result = unsafe {

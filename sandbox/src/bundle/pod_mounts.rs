@@ -53,6 +53,7 @@ mod tests {
             kind: "bind".into(),
             source: String::new(),
             options: options.iter().map(ToString::to_string).collect(),
+            id_map: None,
         }
     }
 

@@ -1,7 +1,7 @@
 //! `linux.uidMappings` and `linux.gidMappings` of a configuration: the user namespace that a container gets in the guest. The
 //! "host" of the mappings is the guest, whose IDs are those of the shared files' owners. Pure.
 
-use krx_proto::{IdMapping, User, UserNamespace, guest_id, validate_id_mappings};
+use krx_proto::{BadMap, IdMapping, User, UserNamespace, guest_id, validate_container_map};
 use oci_spec::runtime::LinuxIdMapping;
 
 use super::{BundleError, invalid};
@@ -23,7 +23,10 @@ pub(super) fn read(
             None => Ok(None),
         };
     }
-    let namespace = UserNamespace { uids: map(UIDS, uids)?, gids: map(GIDS, gids)? };
+    let namespace = UserNamespace {
+        uids: map(UIDS, uids, validate_container_map)?,
+        gids: map(GIDS, gids, validate_container_map)?,
+    };
     let unmapped = |field: &str, id: u32, of: &str| {
         Err(invalid(format!("process.user.{field}"), format!("{id} is none of the IDs in {of}")))
     };
@@ -59,9 +62,13 @@ pub(super) fn check_owners(
     Ok(())
 }
 
-fn map(field: &str, wanted: &[LinuxIdMapping]) -> Result<Vec<IdMapping>, BundleError> {
+pub(super) fn map(
+    field: &str,
+    wanted: &[LinuxIdMapping],
+    validate: impl Fn(&[IdMapping]) -> Result<(), BadMap>,
+) -> Result<Vec<IdMapping>, BundleError> {
     if wanted.is_empty() {
-        return Err(invalid(field, "is missing, which a namespace of type user needs"));
+        return Err(invalid(field, "is missing: IDs of users and of groups are mapped together"));
     }
     let one = |one: &LinuxIdMapping| IdMapping {
         container: one.container_id(),
@@ -69,7 +76,7 @@ fn map(field: &str, wanted: &[LinuxIdMapping]) -> Result<Vec<IdMapping>, BundleE
         size: one.size(),
     };
     let map: Vec<_> = wanted.iter().map(one).collect();
-    validate_id_mappings(&map).map_err(|bad| {
+    validate(&map).map_err(|bad| {
         let index = bad.index.map(|index| format!("[{index}]")).unwrap_or_default();
         invalid(format!("{field}{index}"), bad.what)
     })?;
