@@ -120,6 +120,19 @@ fn memory_is_what_was_asked_for() {
     }
 }
 
+/// Less has no room for the kernel's own image.
+#[test]
+fn the_smallest_memory_runs_a_container() {
+    let Some(place) = Place::new() else { return };
+    let script =
+        "head -c 3M /dev/zero >/tmp/zeros && cksum </tmp/zeros && cat /etc/hostname >/dev/null && echo done";
+    let ended = place.sh(&["--memory", "32M", "--tmpfs", "/tmp"], script).ok();
+    assert!(ended.out.ends_with(" 3145728\ndone\n"), "{ended:?}");
+    let refused = place.sh(&["--memory", "31M"], "true");
+    assert!(refused.code == 125 && refused.err.contains("give 32 to"), "{refused:?}");
+    place.assert_clean();
+}
+
 #[test]
 fn container_is_confined_in_its_own_namespaces() {
     let Some(place) = Place::new() else { return };

@@ -77,7 +77,7 @@ fn wrong_values_are_refused_with_their_line() {
         ("[vm]\nmemory_mib = 256.0", 2, "invalid type"),
         ("[vm]\nmemory_mib = -1", 2, "invalid value"),
         ("[vm]\nmemory_mib = 9223372036854775808", 2, ""),
-        ("[vm]\nmemory_mib = 47", 2, "Guest memory of 47 MiB is out of range: give 48 to 1048576 MiB"),
+        ("[vm]\nmemory_mib = 31", 2, "Guest memory of 31 MiB is out of range: give 32 to 1048576 MiB"),
         ("[vm]\ncpus = 1\nmax_memory_mib = 1048577", 3, "out of range"),
         ("[vm]\ncpus = 0", 2, "give 1 to 8"),
         ("[vm]\nmax_cpus = 9", 2, "give 1 to 8"),
