@@ -154,3 +154,7 @@ edit arch/x86/kernel/pci-dma.c 'if (!no_iommu && max_possible_pfn > MAX_DMA32_PF
 
 # No compaction ahead of need: it looks at memory that is in use alone, which is always fragmented where the rest waits, and wakes twice a second.
 edit mm/compaction.c 'static unsigned int __read_mostly sysctl_compaction_proactiveness = 20;' 'static unsigned int __read_mostly sysctl_compaction_proactiveness; /* krx */'
+
+# Identifiers of IP packets begin at random where one is first used, not all of them at boot: 3 cms of random numbers for 2 GiB.
+edit net/ipv4/route.c 'delta = get_random_u32_below(now - old);' '		delta = old ? get_random_u32_below(now - old) : get_random_u32(); /* krx */'
+edit net/ipv4/route.c 'get_random_bytes(ip_idents, (ip_idents_mask + 1) * sizeof(*ip_idents));' '	/* krx: each becomes random when it is first used */'
