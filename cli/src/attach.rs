@@ -31,9 +31,7 @@ pub(crate) fn attach(arguments: &args::Attach) -> Result<u8, CliError> {
     signals.own();
     let (paths, state) = root.open(name)?;
     let process = pods::named(&paths, &pods::own(&state)?.id, "")?;
-    if arguments.sig_proxy {
-        signals.running(&process, None);
-    }
+    signals.looking_on(&process, arguments.sig_proxy, attachment.input()?);
     let types = attachment.input && !arguments.no_stdin;
     let is_terminal = attachment.terminal && terminal::is_terminal();
     if is_terminal {
@@ -49,6 +47,7 @@ pub(crate) fn attach(arguments: &args::Attach) -> Result<u8, CliError> {
     drop(raw);
     signals.own();
     match ended {
+        Err(_) if signals.interrupted().is_some() => Ok(128 + signals.interrupted().unwrap_or_default()),
         Err(Stopped::Attachment(_)) if detached.load(Ordering::SeqCst) => {
             eprintln!("krx: detached from {name}, which runs on");
             Ok(0)

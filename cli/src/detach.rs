@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use krx_proto::ExitStatus;
-use krx_sandbox::detached::log::LogWriter;
+use krx_sandbox::detached::log::{self, LogWriter};
 use krx_sandbox::detached::relay::Relay;
 use krx_sandbox::detached::{self, Ended, Keeping, OutputStream, Record};
 use krx_sandbox::pod::PodError;
@@ -38,7 +38,8 @@ pub(crate) fn start() -> Result<u8, CliError> {
     let program = std::env::current_exe()?;
     let mut owner = Command::new(program);
     owner.arg0(name).arg(subcommand).arg("--owner").args(words);
-    owner.stdin(Stdio::null()).stdout(Stdio::piped());
+    // With the standard input, which may be the file of an option.
+    owner.stdout(Stdio::piped());
     let mut owner = detached::isolate(&mut owner)?.spawn()?;
     let mut said = String::new();
     if let Some(output) = owner.stdout.take() {
@@ -74,6 +75,7 @@ pub(crate) fn own(arguments: &Run) -> Result<u8, CliError> {
         args: spec.args.clone(),
         labels: plan.labels.clone(),
         created: now(),
+        rm: arguments.rm,
         ..Record::default()
     };
     keeping.publish(&record)?;
@@ -100,7 +102,11 @@ pub(crate) fn own(arguments: &Run) -> Result<u8, CliError> {
     let code = left.map_or_else(|error| error.exit_code(), ExitStatus::shell_code);
     record.ended = Some(Ended { at: now(), code, error });
     // Nobody is there to hear that it cannot be written; then it is as if this process had been killed.
-    let _ = keeping.publish(&record);
+    if keeping.publish(&record).is_err() {
+        // That a container has ended, and how, is worth more than what it wrote first.
+        log::make_room(keeping.directory());
+        let _ = keeping.publish(&record);
+    }
     keeping.stay(!arguments.rm);
     // Before the others hear of the end: then its name is free, or `krx rm` can free it.
     drop(keeping);
@@ -122,7 +128,8 @@ fn attend(
     made.process.start().map_err(explain)?;
     started()?;
     let status = made.process.wait().map_err(explain)?;
-    signals.own();
+    // What ends the waiting for the rest of its output is to leave a record, too.
+    signals.booting(&made.pod.vmm());
     copies.finish();
     Ok(status)
 }

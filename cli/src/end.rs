@@ -3,6 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use krx_sandbox::agent::CallError;
 use krx_sandbox::state_dir::{StateError, StateRoot};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -99,12 +100,18 @@ fn wait(root: &StateRoot, name: &str, limit: Duration) -> Result<bool, CliError>
     }
 }
 
+/// Whether a detached container has an owner, and no VM yet: its image is being unpacked.
+fn is_prepared(root: &StateRoot, name: &str) -> bool {
+    root.records().open(name).is_ok_and(|kept| kept.owner.is_some() && kept.record.started.is_none())
+}
+
 /// Sends a signal to the first process; `false` if it does not have to be waited for, as nobody got it.
 fn send(root: &StateRoot, name: &str, number: Signal) -> Result<bool, CliError> {
     match signal(root, name, number as i32) {
-        // It has ended, or has not begun.
-        Err(CliError::State(StateError::NotFound(_))) => Ok(true),
+        Err(CliError::State(StateError::NotFound(_))) => Ok(!is_prepared(root, name)),
         Err(CliError::State(StateError::Starting(_))) => Ok(false),
+        // It has ended, and its last output is on the way.
+        Err(CliError::Call(CallError::Agent(_))) => Ok(true),
         // The guest does not answer: it will not do so when it is asked more nicely.
         Err(CliError::Call(_)) => Ok(false),
         sent => sent.map(|()| true),
@@ -120,7 +127,7 @@ fn end(root: &StateRoot, name: &str) -> Result<(), CliError> {
         Err(StateError::NotFound(_)) => Ok(()),
         killed => killed,
     };
-    if killed.is_ok() && wait(root, name, AFTER_KILL)? {
+    if killed.is_ok() && !is_prepared(root, name) && wait(root, name, AFTER_KILL)? {
         return Ok(());
     }
     // One that is still starting has nothing to lose, and one that hangs is not to be asked.

@@ -26,6 +26,8 @@ pub(crate) fn prepare(image: &str, name: &str) -> Result<Prepared, SourceError> 
     private_mounts().map_err(SourceError::Mounts)?;
     let directory = std::env::var_os("KRX_IMAGE_DIR").filter(|directory| !directory.is_empty());
     let directory = directory.map_or_else(|| STORE.into(), PathBuf::from);
+    // It is found again at the end, wherever the owner of a detached container is then.
+    let directory = std::path::absolute(&directory).unwrap_or(directory);
     let make = || -> Result<_, ImageError> {
         let store = Store::open(&directory)?;
         let image = store.import(&reference, progress())?;

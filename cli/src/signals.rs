@@ -2,6 +2,8 @@
 //! once it has ended they end the waiting for the rest of its output.
 
 use std::io;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -25,9 +27,11 @@ enum Target {
     /// Nobody yet: it is noted, and the start given up at the next step.
     #[default]
     Start,
-    /// A VM that boots: the start is given up by ending it.
+    /// A VM that boots, or whose last output is waited for: it is ended.
     Booting(Arc<VmmProcess>),
     Process(Forwarding),
+    /// A process that somebody else started; what ends the looking on is this program's alone.
+    LookedAt(LookingOn),
     /// This program alone: it ends.
     Own,
 }
@@ -42,11 +46,20 @@ struct Forwarding {
     last: Option<(Instant, Pending)>,
 }
 
+#[derive(Debug)]
+struct LookingOn {
+    to: Forwarding,
+    /// Whether it gets signals at all.
+    passes: bool,
+    /// The end of this is the end of the looking on.
+    connection: UnixStream,
+}
+
 /// The signals' way to whom they concern.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Signals {
     target: Arc<Mutex<Target>>,
-    /// The signal that ended the start; 0 for none.
+    /// The signal that ended the start, or the looking on; 0 for none.
     interrupted: Arc<AtomicU8>,
 }
 
@@ -70,9 +83,20 @@ impl Signals {
         let mut target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
         let number = u8::try_from(signal as i32).unwrap_or(u8::MAX);
         match (&mut *target, signal) {
-            (Target::Process(to), Signal::SIGWINCH) => to.process.resize(terminal::size()),
+            (Target::Process(to) | Target::LookedAt(LookingOn { to, .. }), Signal::SIGWINCH) => {
+                to.process.resize(terminal::size())
+            }
             (_, Signal::SIGWINCH) => {}
             (Target::Process(to), signal) => to.send(signal),
+            // Who closes his terminal means to leave, and not to end what others look at, too.
+            (Target::LookedAt(at), signal) if at.passes && signal != Signal::SIGHUP => at.to.send(signal),
+            (Target::LookedAt(at), _) => {
+                if self.interrupted.swap(number, Ordering::SeqCst) != 0 {
+                    // It was not enough to be asked once.
+                    std::process::exit((128 + number).into());
+                }
+                let _ = at.connection.shutdown(Shutdown::Both);
+            }
             (Target::Start, _) => self.interrupted.store(number, Ordering::SeqCst),
             (Target::Booting(vmm), _) => {
                 self.interrupted.store(number, Ordering::SeqCst);
@@ -83,11 +107,12 @@ impl Signals {
         }
     }
 
-    /// The signal that ended the start, if one did.
+    /// The signal that ended the start, or the looking on, if one did.
     pub(crate) fn interrupted(&self) -> Option<u8> {
         Some(self.interrupted.load(Ordering::SeqCst)).filter(|signal| *signal != 0)
     }
 
+    /// From now on they end this VM, and what is waited for with it.
     pub(crate) fn booting(&self, vmm: &Arc<VmmProcess>) {
         self.set(Target::Booting(vmm.clone()));
         if self.interrupted().is_some() {
@@ -98,6 +123,12 @@ impl Signals {
     /// From now on they are the process's; `vmm` is ended when the guest does not take them.
     pub(crate) fn running(&self, process: &Process, vmm: Option<Arc<VmmProcess>>) {
         self.set(Target::Process(Forwarding { process: process.clone(), vmm, last: None }));
+    }
+
+    /// From now on they are a process's that this one does not own, if it is to get them; or else they end the connection.
+    pub(crate) fn looking_on(&self, process: &Process, passes: bool, connection: UnixStream) {
+        let to = Forwarding { process: process.clone(), vmm: None, last: None };
+        self.set(Target::LookedAt(LookingOn { to, passes, connection }));
     }
 
     /// From now on they end this program.

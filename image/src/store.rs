@@ -191,8 +191,11 @@ impl Store {
     /// Removes what an import that was killed has left, unless there is one.
     fn clear_left(&self) {
         let is_left = fs::read_dir(self.tmp()).is_ok_and(|mut entries| entries.next().is_some());
-        let alone = || flock(self.lock_file().ok()?, FlockOperation::NonBlockingLockExclusive).ok();
-        if is_left && alone().is_some() {
+        if is_left
+            && let Ok(lock) = self.lock_file()
+            // Held by this descriptor, until all is removed.
+            && flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()
+        {
             let _ = remove::clear(&self.tmp());
         }
     }

@@ -292,6 +292,11 @@ fn signals_go_through_attach_and_rm_leaves_nothing() {
     let attached = yard.spawn(&["attach", "--no-stdin", "web"]);
     until(Duration::from_secs(20), || Some(()).filter(|()| yard.krx(&["logs", "web"]).out.contains("up")));
     thread::sleep(Duration::from_millis(500));
+    // A terminal that was closed is not the container's.
+    let mut hung_up = yard.spawn(&["attach", "web"]);
+    thread::sleep(Duration::from_secs(1));
+    kill(pid(&hung_up), Signal::SIGHUP).expect("kill");
+    assert_eq!(hung_up.wait().expect("wait").code(), Some(129));
     kill(pid(&bare), Signal::SIGTERM).expect("kill");
     assert_eq!(bare.wait().expect("wait").code(), Some(143));
     kill(pid(&attached), Signal::SIGTERM).expect("kill");
@@ -299,6 +304,26 @@ fn signals_go_through_attach_and_rm_leaves_nothing() {
     assert_eq!((attached.code, attached.out.as_str()), (6, "caught\n"));
     assert_eq!(Ended::from(waiting.wait_with_output().expect("output")).ok().out, "6\n");
     assert_eq!(yard.krx(&["ps", "-aq"]).ok().out, "");
+    // Nor does one whose owner is killed.
+    for _ in 0..2 {
+        yard.start(&["--rm", "--name", "web"], "sleep 1000").ok();
+        kill(yard.owner("web"), Signal::SIGKILL).expect("kill");
+        until(Duration::from_secs(20), || Some(()).filter(|()| yard.krx(&["ps", "-aq"]).ok().out.is_empty()));
+    }
+    yard.0.assert_clean();
+}
+
+#[test]
+fn options_may_be_read_from_the_standard_input() {
+    let Some(yard) = Yard::new() else { return };
+    let options = ["-d", "-i", "--name", "fed", "--env-file", "/dev/stdin"];
+    let mut run = yard.0.run(&options, &["sh", "-c", "echo $FED; cat"]);
+    finish(&mut run, b"FED=by-stdin\nREST=\n").ok();
+    let logs = || yard.krx(&["logs", "fed"]).ok().out;
+    until(Duration::from_secs(20), || Some(()).filter(|()| logs().contains("by-stdin")));
+    // What is left of it is not the container's.
+    assert_eq!(logs(), "by-stdin\n");
+    yard.krx(&["rm", "-f", "fed"]).ok();
     yard.0.assert_clean();
 }
 

@@ -13,8 +13,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
 use humantime::format_rfc3339_nanos;
+use nix::fcntl::{OFlag, openat};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use nix::sys::stat::Mode;
 
 use super::OutputStream;
 
@@ -28,12 +30,22 @@ const MAX_LINE: u64 = MAX_TEXT as u64 + 128;
 /// The end of the year 9999.
 const LAST: Duration = Duration::from_secs(253_402_300_799);
 
+const CURRENT: &str = "log";
+const FORMER: &str = "log.1";
+
 fn current(directory: &Path) -> PathBuf {
-    directory.join("log")
+    directory.join(CURRENT)
 }
 
 fn former(directory: &Path) -> PathBuf {
-    directory.join("log.1")
+    directory.join(FORMER)
+}
+
+/// Gives up the older half of a log, or all of it where there is one file.
+pub fn make_room(directory: &Path) {
+    if fs::remove_file(former(directory)).is_err() {
+        let _ = OpenOptions::new().write(true).truncate(true).open(current(directory));
+    }
 }
 
 /// Writes a log.
@@ -156,7 +168,8 @@ impl<'a> Entry<'a> {
 /// Reads a log from its begin, while it may be written.
 #[derive(Debug)]
 pub struct LogReader {
-    directory: PathBuf,
+    /// Another container may get the name.
+    directory: File,
     /// In their order; the last one is the one that is written, as far as is known.
     files: VecDeque<BufReader<File>>,
     /// What has come of a line that is not whole yet.
@@ -170,9 +183,10 @@ impl LogReader {
     /// # Errors
     /// There is no log, or it cannot be opened.
     pub fn open(directory: &Path) -> io::Result<Self> {
-        let (former, current) = pair(directory)?;
+        let directory = File::open(directory)?;
+        let (former, current) = pair(&directory)?;
         let files = former.into_iter().chain([current]).map(BufReader::new).collect();
-        Ok(Self { directory: directory.into(), files, begun: Vec::new(), missed: false })
+        Ok(Self { directory, files, begun: Vec::new(), missed: false })
     }
 
     /// The next whole line, without its line break; `None` at what is the end for now.
@@ -234,13 +248,17 @@ impl LogReader {
 }
 
 /// The two files, the former one if there is one.
-fn pair(directory: &Path) -> io::Result<(Option<File>, File)> {
+fn pair(directory: &File) -> io::Result<(Option<File>, File)> {
+    let open = |name: &str| -> io::Result<File> {
+        Ok(openat(directory, name, OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())?
+            .into())
+    };
     // Between a file's new name and the next file, there is none for a moment: a few attempts see either.
     let mut attempts = 0;
     loop {
         attempts += 1;
-        let opened = File::open(current(directory));
-        let before = match File::open(former(directory)) {
+        let opened = open(CURRENT);
+        let before = match open(FORMER) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             before => Some(before?),
         };

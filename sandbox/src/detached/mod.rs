@@ -15,7 +15,7 @@ use std::fs::File;
 use std::io;
 use std::process::Command;
 
-use nix::unistd::{dup2_stderr, dup2_stdout};
+use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 pub use record::{Ended, Keeping, Kept, Record, Records};
 pub use wire::OutputStream;
@@ -33,12 +33,13 @@ pub fn isolate(program: &mut Command) -> io::Result<&mut Command> {
     Ok(program)
 }
 
-/// Lets go of the caller's standard output and error.
+/// Lets go of the caller's standard input, output and error.
 ///
 /// # Errors
 /// There is no `/dev/null`.
 pub fn let_go() -> io::Result<()> {
-    let nowhere = File::options().write(true).open("/dev/null")?;
+    let nowhere = File::options().read(true).write(true).open("/dev/null")?;
+    dup2_stdin(&nowhere)?;
     dup2_stdout(&nowhere)?;
     dup2_stderr(&nowhere)?;
     Ok(())

@@ -36,6 +36,15 @@ pub struct Record {
     /// When its process ran. Until then there is nothing to be kept.
     pub started: Option<u64>,
     pub ended: Option<Ended>,
+    /// Nothing is kept after the end, not even that of its owner.
+    #[serde(default)]
+    pub rm: bool,
+}
+
+impl Record {
+    fn is_kept(&self) -> bool {
+        self.started.is_some() && !self.rm
+    }
 }
 
 /// The end of a container.
@@ -145,7 +154,7 @@ impl Records {
                 Attempt::Held(_) => thread::sleep(STEP),
             }
         };
-        if read(&directory)?.is_some_and(|record| record.started.is_some()) {
+        if read(&directory)?.is_some_and(|record| record.is_kept()) {
             return Err(StateError::Kept(name.into()));
         }
         clear(&directory, &[LOCK]);
@@ -238,7 +247,7 @@ impl Records {
         let kept = |record, owner| Some(Kept { record, owner, directory: directory.into() });
         match try_lock(directory, false).map_err(failed)? {
             Attempt::Taken(_lock) => match read(directory)? {
-                Some(record) if record.started.is_some() => Ok(kept(record, None)),
+                Some(record) if record.is_kept() => Ok(kept(record, None)),
                 _ => {
                     self.drop_directory(directory);
                     Ok(None)
@@ -346,6 +355,14 @@ mod tests {
         assert_eq!(records.list().unwrap(), []);
         assert!(!scratch.path().join(".kept/c").exists());
         assert!(!scratch.path().join(".kept/b").exists());
+        // Of one that was to leave nothing, whose owner was killed.
+        let killed = br#"{"name":"d","args":[],"labels":{},"created":1,"started":2,"rm":true}"#;
+        scratch.write(".kept/d/record.json", killed);
+        scratch.write(".kept/d/lock", b"");
+        assert!(records.check_free("d").is_ok());
+        scratch.write(".kept/d/record.json", killed);
+        scratch.write(".kept/d/lock", b"");
+        drop(records.take("d").unwrap());
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use krx_proto::{encode, read_frame, write_frame};
 
@@ -48,8 +48,8 @@ struct Looker {
 struct Queue {
     notices: VecDeque<Arc<[u8]>>,
     bytes: usize,
-    /// Notices taken so far: whether they are tells who reads.
-    taken: u64,
+    /// When the last notice was taken, or the first one queued: it tells who reads.
+    moved: Option<Instant>,
     /// Is not waited for, until all of the queue is taken.
     lags: bool,
     /// Bytes left out since.
@@ -211,10 +211,9 @@ impl Looker {
             queue.catch_up();
         }
         while !queue.gone && !queue.lags && queue.bytes + length > MAX_QUEUED {
-            let before = queue.taken;
-            let waited = self.changed.wait_timeout(queue, PATIENCE).unwrap_or_else(PoisonError::into_inner);
-            queue = waited.0;
-            queue.lags = waited.1.timed_out() && queue.taken == before;
+            let left = queue.patience();
+            queue.lags = left.is_zero();
+            queue = self.changed.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         if queue.lags {
             queue.missed += length as u64;
@@ -236,13 +235,11 @@ impl Looker {
     /// Waits until all is taken, or nothing is any more.
     fn flush(&self) {
         let mut queue = self.lock();
-        while !queue.gone && !queue.notices.is_empty() {
-            let before = queue.taken;
-            let waited = self.changed.wait_timeout(queue, PATIENCE).unwrap_or_else(PoisonError::into_inner);
-            queue = waited.0;
-            if waited.1.timed_out() && queue.taken == before {
-                return;
-            }
+        // Whoever was given up before is given another chance.
+        queue.moved = Some(Instant::now());
+        while !queue.gone && !queue.notices.is_empty() && !queue.patience().is_zero() {
+            let left = queue.patience();
+            queue = self.changed.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -269,7 +266,7 @@ impl Looker {
             // Only now, so that an empty queue means that all is written.
             queue.notices.pop_front();
             queue.bytes -= notice.len();
-            queue.taken += 1;
+            queue.moved = Some(Instant::now());
             queue.gone |= written.is_err();
             self.changed.notify_all();
         }
@@ -277,7 +274,15 @@ impl Looker {
 }
 
 impl Queue {
+    /// How long its reader is waited for yet.
+    fn patience(&self) -> Duration {
+        PATIENCE.saturating_sub(self.moved.map_or(Duration::ZERO, |moved| moved.elapsed()))
+    }
+
     fn add(&mut self, notice: Arc<[u8]>) {
+        if self.notices.is_empty() {
+            self.moved = Some(Instant::now());
+        }
         self.bytes += notice.len();
         self.notices.push_back(notice);
     }
@@ -296,12 +301,10 @@ impl Queue {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-    use std::time::Instant;
-
     use super::*;
     use crate::detached::attachment::{AttachError, Attachment, Event};
     use crate::testing::Scratch;
+    use std::path::PathBuf;
 
     struct Stage {
         scratch: Scratch,
