@@ -25,7 +25,8 @@ fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
 fn all() -> Vec<(PathBuf, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let mut found = Vec::new();
-    for part in ["proto", "vmm", "guest-agent", "sandbox", "cli", "benches", "tests", "fuzz"] {
+    for part in ["proto", "vmm", "guest-agent", "sandbox", "image", "shim", "cli", "benches", "tests", "fuzz"]
+    {
         sources(&root.join(part), &mut found);
     }
     assert!(found.len() > 50, "sources were not found");
