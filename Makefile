@@ -61,8 +61,9 @@ bench: build rootfs containerd ## Latency and memory in counted time, in the emu
 	@failed=; for bench in $(or $(BENCH),boot containerd throughput); do \
 		cargo bench --locked -p benches --bench $$bench -- --icount $(ARGS) || failed="$$failed $$bench"; done; [ -z "$$failed" ]
 
-profile: build ## Where the counted time of a start goes, by function; WHAT=vm or container, ARGS="--runs N --top N"
-	@cargo build --locked --quiet --profile bench -p benches --bin profiled && benches/profile/profile.py $(or $(WHAT),vm) $(ARGS)
+profile: build ## Where the counted time of a start goes, by function; WHAT=vm or container, ARGS="--runs N --top N"; WHAT=memory: what a guest's is for
+	@if [ "$(WHAT)" = memory ]; then rootfs/python-rootfs.sh && benches/profile/memory.py; else \
+		cargo build --locked --quiet --profile bench -p benches --bin profiled --bin flame && benches/profile/profile.py $(or $(WHAT),vm) $(ARGS); fi
 
 fuzz: setup ## Every fuzz target for TIME=60 seconds (libFuzzer; needs g++)
 	@fuzz/run $(or $(TIME),60)

@@ -3,6 +3,7 @@
 
 Runs starts in an emulated host that counts instructions as time, with a plugin of its emulator (counter.c) that counts
 each block of code, on the host and in the guest alike. A counted millisecond is a million instructions: docs/benchmarks.md.
+The same is drawn in target/bench/profile-vm.svg, of the guest's kernel by the files of its source.
 """
 
 import argparse
@@ -145,6 +146,44 @@ def profile(what, runs):
     return {key: total / runs / 1e6 for key, total in totals.items()}
 
 
+def sources(build):
+    """Which file of the kernel's source a function is in, by the objects it was built from; of a name in several, none."""
+    objects = sorted(path for path in build.rglob("*.o") if not path.name.startswith((".", "vmlinux", "built-in")))
+    files = {}
+    for first in range(0, len(objects), 200):
+        listed = subprocess.run(["nm", "--defined-only", "--print-file-name", *objects[first : first + 200]], capture_output=True, text=True, check=False)
+        for line in listed.stdout.splitlines():
+            path, symbol = line.split(":", 1)
+            _, kind, name = symbol.split(maxsplit=2)
+            if kind in "tTwW":
+                files.setdefault(name, set()).add(pathlib.Path(path).relative_to(build).with_suffix(".c"))
+    return {name: paths.pop() for name, paths in files.items() if len(paths) == 1}
+
+
+def folded(figures, files):
+    """Lines of stacks for a flame graph, in counted microseconds: an owner, where the function is from, its name."""
+    lines = []
+    for (owner, name), cms in sorted(figures.items()):
+        where = []
+        if owner == "guest kernel":
+            where = files.get(name.split(".")[0], pathlib.Path("elsewhere")).parts
+        elif "::" in name:
+            where = [name.lstrip("<&").split("::")[0]]
+        stack = ";".join(part.replace(";", ":") for part in (owner, *where, name))
+        if round(cms * 1000):
+            lines.append(f"{stack} {round(cms * 1000)}")
+    return "\n".join(lines) + "\n"
+
+
+def draw(figures, what):
+    drawing = TARGET / f"bench/profile-{what}.svg"
+    drawing.parent.mkdir(exist_ok=True)
+    stacks = folded(figures, sources(TARGET / "guest/linux/build"))
+    title = f"A start of a {what}, in counted microseconds"
+    subprocess.run([TARGET / "release/flame", title, drawing], input=stacks, text=True, check=True)
+    print(f"Drawn in {drawing.relative_to(ROOT)}")
+
+
 def show(figures, top):
     owners = collections.Counter()
     for (owner, _), cms in figures.items():
@@ -172,6 +211,7 @@ def main():
         print("\n".join(sorted(name for owner, name in figures if owner == "guest kernel")))
     else:
         show(figures, options.top)
+        draw(figures, options.what)
 
 
 if __name__ == "__main__":
