@@ -24,7 +24,7 @@ use crate::oom::OomWatch;
 use crate::process::ProcessPlan;
 use crate::relay::Relay;
 use crate::shm::SharedMemory;
-use crate::{child, disks, id_map, identity, network, stats, sys};
+use crate::{child, disks, guest, id_map, identity, network, stats, sys};
 
 /// More containers than a pod has. Stops a host gone wild from using up the guest's descriptors.
 const MAX_CONTAINERS: usize = 128;
@@ -430,6 +430,7 @@ impl Containers {
     fn remove_container(&mut self, id: &str) {
         let Some(container) = self.containers.remove(id) else { return };
         container.cgroup.remove();
+        guest::forget_files();
         self.replies.extend(container.oom.abandon());
         self.replies.extend(container.freezer.abandon());
         self.replies.extend(container.processes.into_values().flat_map(|process| process.life.abandon()));

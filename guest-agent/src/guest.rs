@@ -72,6 +72,13 @@ pub(crate) fn mount_all() -> Result<(), StepError> {
     }
 }
 
+/// Has the kernel forget what it knows of files that nobody has open. It would keep the last ones, and with each the host's mount that
+/// it is in: of those the share can tell 254 from each other, and a pod whose containers start again and again has new ones each time.
+pub(crate) fn forget_files() {
+    // Without it, there is less of that.
+    let _ = fs::write("/proc/sys/vm/drop_caches", "2");
+}
+
 /// Makes the root a mount that can be left: pivot_root(2) is not possible from the initramfs itself, and a container in a
 /// user namespace has no other way to be rid of the guest's mounts, which are locked there (`mount_namespaces(7)`).
 fn bind_root() -> nix::Result<()> {

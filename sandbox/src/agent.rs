@@ -93,6 +93,12 @@ type Waiting = HashMap<u32, Continuation>;
 type Continuation = Box<dyn FnOnce(Result<Answer, AgentError>) + Send>;
 
 impl Pending {
+    /// With a shorter limit for [`Self::answer`] than its connection has.
+    #[must_use]
+    pub fn within(self, limit: Duration) -> Self {
+        Self { limit: self.limit.min(limit), ..self }
+    }
+
     /// Waits for the reply. A guest that is silent for too long is broken, or worse.
     ///
     /// # Errors

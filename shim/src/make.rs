@@ -7,7 +7,7 @@ use std::thread;
 use containerd_shim::mount_linux::mount_rootfs;
 use containerd_shim_protos::api::Mount;
 use krx_proto::{ProcessSpec, Request};
-use krx_sandbox::agent::Pending;
+use krx_sandbox::agent::{CallError, Pending};
 use krx_sandbox::bundle::{self, PodNamespaces};
 use krx_sandbox::container::Container;
 use krx_sandbox::share::Prepared;
@@ -146,7 +146,9 @@ fn check_mount(mount: &Mount) -> containerd_shim::Result<()> {
 pub(crate) fn unmake(vm: &Vm, container: &str, exec: &str) {
     let process = vm.pod.process(container, exec);
     // A guest that does not do it has it until its end.
-    let _ = process.kill(KILL);
+    if let Err(CallError::NoAnswer(_)) = process.kill(KILL) {
+        return;
+    }
     let wait = Request::Wait { container: container.into(), process: exec.into() };
     let _ = vm.pod.agent().send(wait).and_then(Pending::answer);
     let _ = process.delete();
@@ -155,6 +157,7 @@ pub(crate) fn unmake(vm: &Vm, container: &str, exec: &str) {
 /// Puts the container's files into the share and makes it; what fails leaves nothing.
 fn finish(order: &Order, mut container: Container, prepared: Prepared, vm: &Vm) -> Result<Made> {
     container.spec.process.stdin = !order.stdio.stdin.is_empty();
+    vm.set_oom_score(container.spec.process.oom_score_adj);
     let placed = vm.place(prepared, &mut container)?;
     order.timings.mark("files in the share");
     vm.volumes.add(&container);
@@ -170,6 +173,8 @@ fn finish(order: &Order, mut container: Container, prepared: Prepared, vm: &Vm) 
         Ok(connected) => Ok(Made { spec: container.spec.process, placed, connected }),
         Err(error) => {
             vm.volumes.remove(&container.spec.id);
+            // It may be there all the same, of a guest that did not answer in time: its files are not to go before it.
+            unmake(vm, &container.spec.id, "");
             vm.take_away(&placed);
             Err(error)
         }

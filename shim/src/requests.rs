@@ -1,6 +1,7 @@
 //! What can be asked of tasks that are there: signals, limits, figures, pause.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use containerd_shim_protos::api::Status;
 use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
@@ -22,6 +23,11 @@ pub(crate) const KILL: i32 = 9;
 const TERMINATE: i32 = 15;
 const INTERRUPT: i32 = 2;
 
+/// For a guest to take a signal. It is a moment, but on a node that has no time for it; after that it is not waited for.
+const SIGNALLED: Duration = Duration::from_secs(20);
+/// For a guest's figures: the kubelet asks for those of all pods, one after the other, and has 2 minutes.
+const FIGURES: Duration = Duration::from_secs(10);
+
 /// What is known of a process.
 #[derive(Debug)]
 pub(crate) struct State {
@@ -32,8 +38,13 @@ pub(crate) struct State {
 }
 
 async fn call(vm: &Vm, request: Request) -> std::result::Result<Answer, CallError> {
+    call_within(vm, request, Duration::MAX).await
+}
+
+/// With a limit of its own, where it is shorter than that of all calls.
+async fn call_within(vm: &Vm, request: Request, limit: Duration) -> std::result::Result<Answer, CallError> {
     let agent = vm.pod.agent();
-    let called = spawn_blocking(move || agent.send(request)?.answer()).await;
+    let called = spawn_blocking(move || agent.send(request)?.within(limit).answer()).await;
     called.unwrap_or(Err(CallError::Lost))
 }
 
@@ -94,12 +105,31 @@ impl Shim {
             return Ok(());
         }
         task.vm.awake()?;
-        match call(&task.vm, request).await {
+        match call_within(&task.vm, request, SIGNALLED).await {
             Err(CallError::Agent(error)) if error.kind == ErrorKind::WrongState => {
                 Err(ShimError::not_found(format!("The process of task {id} has ended")))
             }
+            Err(CallError::NoAnswer(_)) if exec.is_empty() => {
+                self.kill_silent(&task, signal).await;
+                Ok(())
+            }
             result => Ok(result.map(drop)?),
         }
+    }
+
+    /// A container is to end whose guest does not answer. containerd goes on to the next step only when this one is no error,
+    /// and to the pod's end only when all of its containers have ended: that is in the host's hands.
+    async fn kill_silent(&self, task: &Arc<Task>, signal: i32) {
+        if signal != KILL {
+            return;
+        }
+        warn!(
+            "the guest of pod {} does not answer, and is ended: a container of it is killed",
+            task.vm.sandbox
+        );
+        task.vm.ended_by(KILL);
+        let vm = task.vm.clone();
+        let _ = spawn_blocking(move || vm.pod.vmm().kill_and_wait()).await;
     }
 
     pub(crate) async fn resize(&self, id: &str, exec: &str, size: TerminalSize) -> Result<()> {
@@ -136,7 +166,7 @@ impl Shim {
     /// What a container uses, or all of a VM's.
     pub(crate) async fn stats_of(&self, vm: &Arc<Vm>, container: String) -> Result<Stats> {
         vm.awake()?;
-        match call(vm, Request::Stats { container }).await? {
+        match call_within(vm, Request::Stats { container }, FIGURES).await? {
             Answer::Stats(stats) => Ok(*stats),
             _ => Err(CallError::Unexpected.into()),
         }
@@ -166,10 +196,16 @@ impl Shim {
         if task.container.is_none() {
             return Ok(vec![task.vm.pid()]);
         }
-        task.vm.awake()?;
-        match call(&task.vm, Request::Pids { container: id.into() }).await? {
-            Answer::Pids(pids) => Ok(pids),
-            _ => Err(CallError::Unexpected.into()),
+        // A containerd that begins anew asks for these, one task after the other, and gives up one that has none.
+        let there = || Ok(vec![task.vm.pid()]);
+        if task.vm.is_paused() {
+            return there();
+        }
+        match call_within(&task.vm, Request::Pids { container: id.into() }, FIGURES).await {
+            Ok(Answer::Pids(pids)) => Ok(pids),
+            Ok(_) => Err(CallError::Unexpected.into()),
+            Err(CallError::NoAnswer(_)) if !task.first.has_exited() => there(),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -186,7 +222,12 @@ impl Shim {
         }
         if task.container.is_some() {
             task.vm.awake()?;
-            call(&task.vm, Request::Freeze { container: id.into(), frozen: paused }).await?;
+            let freeze = |frozen| Request::Freeze { container: id.into(), frozen };
+            if let Err(error) = call(&task.vm, freeze(paused)).await {
+                // What is not known to be done is not to be half done.
+                let _ = task.vm.pod.agent().send(freeze(!paused));
+                return Err(error.into());
+            }
         } else {
             let vm = task.vm.clone();
             blocking(move || vm.pause(paused)).await?;

@@ -159,12 +159,22 @@ impl Shim {
         }
         let outputs = stdio.open(Owner { namespace: &self.namespace, id: exec }).await?;
         let (wanted, made) = (stdio.clone(), task.vm.pod.process(id, exec));
-        let connected = blocking(move || {
-            made.exec(spec)?;
+        let connecting = spawn_blocking(move || -> std::result::Result<_, (bool, ShimError)> {
+            made.exec(spec).map_err(|error| (matches!(error, CallError::NoAnswer(_)), error.into()))?;
             // As with a container: a guest that takes no connections is not to be dealt with any longer.
-            Ok(wanted.connect(&made).inspect_err(|_| drop(made.kill(KILL)))?)
-        })
-        .await?;
+            wanted.connect(&made).map_err(|error| (true, error.into()))
+        });
+        let connected = match connecting.await.unwrap_or_else(|_| Err((false, CallError::Lost.into()))) {
+            Ok(connected) => connected,
+            Err((made, error)) => {
+                if made {
+                    // Not waited for: the guest has as many processes as it has room for, and this one is nobody's.
+                    let (vm, id, exec) = (task.vm.clone(), task.id.clone(), exec.to_string());
+                    spawn_blocking(move || unmake(&vm, &id, &exec));
+                }
+                return Err(error);
+            }
+        };
         let added = match stdio.copy(connected, outputs) {
             Ok(copies) => task.add(exec, Process::new(stdio, Some(copies))),
             Err(error) => Err(error),
@@ -201,6 +211,11 @@ impl Shim {
             Ok(())
         };
         if let Err(error) = started {
+            if let CallError::NoAnswer(_) = error {
+                // It may begin yet, and nobody would know of it.
+                let (vm, id, exec) = (task.vm.clone(), id.to_string(), exec.to_string());
+                spawn_blocking(move || unmake(&vm, &id, &exec));
+            }
             process.failed(match &error {
                 CallError::Agent(error) if error.kind == ErrorKind::CommandNotFound => NOT_FOUND,
                 _ => NOT_EXECUTABLE,

@@ -1,6 +1,7 @@
 //! The VM of a pod, as the shim makes it from the configuration of the pod's sandbox.
 
 use std::collections::hash_map::DefaultHasher;
+use std::fs;
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
@@ -52,6 +53,8 @@ pub(crate) struct Vm {
     serial: AtomicU32,
     /// The signal by which containerd has ended the pod; 0 while it has not.
     ended_by: AtomicI32,
+    /// The lowest `oom_score_adj` of its containers.
+    oom_score: AtomicI32,
     /// Whether it stands still.
     paused: watch::Sender<bool>,
     /// Somebody serves the timings of its starts.
@@ -112,6 +115,7 @@ impl Vm {
             volumes,
             serial: AtomicU32::new(1),
             ended_by: AtomicI32::new(0),
+            oom_score: AtomicI32::new(i32::MAX),
             paused: watch::Sender::new(false),
             observed: AtomicBool::new(false),
             _cgroup: cgroup,
@@ -121,6 +125,19 @@ impl Vm {
     /// What containerd is told to be the PID of every process of the pod: the one process of it that the host sees.
     pub(crate) fn pid(&self) -> u32 {
         self.pod.vmm().pid()
+    }
+
+    /// Has the host's kernel think of the VM as of the one of its containers that is to be killed last when there is no memory. By
+    /// itself a VM would be worth as much as containerd, from which it has its score.
+    pub(crate) fn set_oom_score(&self, wanted: Option<i32>) {
+        let Some(wanted) = wanted else { return };
+        let before = self.oom_score.fetch_min(wanted, Ordering::Relaxed);
+        if wanted < before {
+            let path = format!("/proc/{}/oom_score_adj", self.pid());
+            if let Err(error) = fs::write(path, wanted.to_string()) {
+                warn!("pod {} keeps containerd's oom_score_adj: {error}", self.sandbox);
+            }
+        }
     }
 
     /// How the configurations of the pod's further containers speak of its namespaces.

@@ -11,11 +11,13 @@ use tests::attempt;
 use tests::containerd::remains::Remains;
 use tests::shim::Player;
 
-use crate::shim_tests::{disks, ends, events, logs, nonsense, observed, paused, races, refused, sandbox};
+use crate::shim_tests::{
+    disks, ends, events, logs, nonsense, observed, paused, races, refused, sandbox, silent,
+};
 
 type Test = (&'static str, fn(&Player));
 
-const TESTS: [Test; 36] = [
+const TESTS: [Test; 37] = [
     ("both_ways_to_start_a_shim", ends::both_ways),
     ("the_sandbox_service_from_end_to_end", sandbox::end_to_end),
     ("the_sandbox_service_out_of_order", sandbox::out_of_order),
@@ -31,6 +33,7 @@ const TESTS: [Test; 36] = [
     ("a_paused_pod_refuses_what_it_could_not_answer", paused::whole_pod),
     ("a_paused_pod_is_stopped_in_order", paused::stopped_in_order),
     ("a_paused_container_begins_nothing", paused::container),
+    ("a_pod_whose_guest_is_silent_can_be_ended", silent::ended),
     ("timings_of_a_pod_s_starts_are_told_until_its_end", observed::starts),
     ("a_person_execs_into_a_pod_and_reads_its_kernel_s_log", observed::by_hand),
     ("bundles_that_cannot_be_run", refused::bundles),

@@ -10,6 +10,7 @@ pub(crate) mod paused;
 pub(crate) mod races;
 pub(crate) mod refused;
 pub(crate) mod sandbox;
+pub(crate) mod silent;
 
 /// A program that runs until it is killed.
 pub(crate) const SLEEP: [&str; 2] = ["sleep", "3600"];
