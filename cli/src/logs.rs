@@ -5,8 +5,8 @@ use std::io::{self, BufWriter, ErrorKind, Stderr, Stdout, Write};
 use std::path::Path;
 use std::time::Duration;
 
+use krx_sandbox::detached::OutputStream;
 use krx_sandbox::detached::log::{Changes, Entry, LogReader};
-use krx_sandbox::detached::{Kept, OutputStream};
 use krx_sandbox::state_dir::{StateError, StateRoot};
 
 use crate::args::Logs;
@@ -24,9 +24,7 @@ pub(crate) fn logs(arguments: &Logs) -> Result<u8, CliError> {
         }
         kept => kept?,
     };
-    // Another one may have got its name.
-    let is_same = |other: &Kept| other.record.created == kept.record.created;
-    let is_over = || !root.records().open(name).is_ok_and(|kept| is_same(&kept) && !kept.is_over());
+    let is_over = || !root.records().open(name).is_ok_and(|kept| !kept.is_over());
     let mut printer = Printer::new(arguments.timestamps);
     match show(kept.directory(), arguments, &mut printer, is_over) {
         Err(Failed::Log(error)) if error.kind() == ErrorKind::NotFound && kept.record.started.is_none() => {
@@ -66,7 +64,7 @@ fn show(
     while let Some(changes) = &changes {
         printer.flush().map_err(Failed::Output)?;
         // What is written before the end is there when the end is seen.
-        let over = is_over();
+        let over = is_over() || !log.is_in(directory);
         print_all(&mut log, printer)?;
         while log.advance().map_err(Failed::Log)? {
             if log.missed() {

@@ -56,7 +56,7 @@ pub(crate) fn copy_directory(from: &OwnedFd, to: &OwnedFd, budget: &mut Budget) 
             SFlag::S_IFLNK => {
                 symlinkat(readlinkat(from, name)?.as_os_str(), to, name)?;
                 let (user, group) = (Uid::from_raw(status.st_uid), Gid::from_raw(status.st_gid));
-                fchownat(to, name, Some(user), Some(group), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+                known(fchownat(to, name, Some(user), Some(group), AtFlags::AT_SYMLINK_NOFOLLOW))?;
             }
             _ => {}
         }
@@ -93,8 +93,19 @@ fn copy_bytes(from: &mut impl Read, to: &mut impl Write) -> std::io::Result<u64>
 }
 
 pub(crate) fn set_owner(to: BorrowedFd<'_>, status: &FileStat) -> nix::Result<()> {
-    fchown(to, Some(Uid::from_raw(status.st_uid)), Some(Gid::from_raw(status.st_gid)))?;
-    fchmod(to, Mode::from_bits_truncate(status.st_mode & 0o7777))
+    let is_theirs =
+        known(fchown(to, Some(Uid::from_raw(status.st_uid)), Some(Gid::from_raw(status.st_gid))))?;
+    // A program of somebody else's is not to become one of the root's.
+    let bits = if is_theirs { 0o7777 } else { 0o1777 };
+    fchmod(to, Mode::from_bits_truncate(status.st_mode & bits))
+}
+
+/// Whether there is such an owner: in a user namespace, a copy of what belongs to nobody in it is its root's.
+fn known(changed: nix::Result<()>) -> nix::Result<bool> {
+    match changed {
+        Err(Errno::EINVAL) => Ok(false),
+        changed => changed.map(|()| true),
+    }
 }
 
 fn kind(status: &FileStat) -> SFlag {

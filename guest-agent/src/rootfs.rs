@@ -15,8 +15,8 @@ use krx_proto::{AgentError, Device};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat, openat2, readlinkat};
 use nix::mount::{MntFlags, umount2};
-use nix::sys::stat::{Mode, SFlag, fstat, makedev, mkdirat, mknodat};
-use nix::unistd::{fchdir, pivot_root, symlinkat};
+use nix::sys::stat::{Mode, SFlag, fchmod, fstat, makedev, mkdirat, mknodat};
+use nix::unistd::{Gid, Uid, fchdir, fchown, pivot_root, symlinkat};
 
 use crate::container::{MountKind, MountPlan, RootPlan};
 use crate::copying::{Budget, copy_directory};
@@ -179,7 +179,7 @@ fn mount_one(root: &Root, plan: &MountPlan, source: Option<OwnedFd>) -> Result<(
         (None, _) => return Err(StepError::new(doing(), Errno::EINVAL)),
     };
     if options.copy_up {
-        copy_up(root, destination, &tree)
+        copy_up(root, destination, &tree, what)
             .doing(|| format!("Cannot copy what is in {destination} into its tmpfs"))?;
     }
     let mut attributes = options.attributes;
@@ -199,14 +199,22 @@ fn mount_one(root: &Root, plan: &MountPlan, source: Option<OwnedFd>) -> Result<(
     change(tree.as_fd(), propagation).doing(doing)
 }
 
-/// Fills a tmpfs with what is in the directory that it will be mounted on. It has a limit of its own.
-fn copy_up(root: &Root, destination: &str, tree: &OwnedFd) -> nix::Result<()> {
+/// Fills a tmpfs with what is in the directory that it will be mounted on. It has a limit of its own, and the owner and mode that
+/// its options say.
+fn copy_up(root: &Root, destination: &str, tree: &OwnedFd, what: &MountKind) -> nix::Result<()> {
     let from = match root.open(destination, OFlag::O_RDONLY | OFlag::O_DIRECTORY) {
         Err(Errno::ENOENT) => return Ok(()),
         found => found?,
     };
     let to = openat(tree, ".", OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
-    copy_directory(&from, &to, &mut Budget { bytes: u64::MAX, entries: u64::MAX, depth: MAX_COPY_DEPTH })
+    let own = fstat(&to)?;
+    copy_directory(&from, &to, &mut Budget { bytes: u64::MAX, entries: u64::MAX, depth: MAX_COPY_DEPTH })?;
+    let MountKind::FileSystem { parameters, .. } = what else { return Ok(()) };
+    let says = |option: &CStr| parameters.iter().any(|(name, _)| name.as_c_str() == option);
+    let (uid, gid) =
+        (says(c"uid").then(|| Uid::from_raw(own.st_uid)), says(c"gid").then(|| Gid::from_raw(own.st_gid)));
+    fchown(&to, uid, gid)?;
+    if says(c"mode") { fchmod(&to, Mode::from_bits_truncate(own.st_mode & 0o7777)) } else { Ok(()) }
 }
 
 /// A tmpfs becomes read-only when all is mounted: mount points in it have to be made first.

@@ -346,6 +346,14 @@ mod tests {
         import(&scratch).1.unwrap();
         assert_eq!(fs::read_dir(store.tmp()).unwrap().count(), 0);
         assert!(scratch.path().join("store/tmp/precious").exists());
+        // While somebody unpacks, it is his.
+        scratch.write("store/krx-tmp/layer/fs/half", b"");
+        let lock = store.lock(|| ()).unwrap();
+        import(&scratch).1.unwrap();
+        assert_eq!(fs::read_dir(store.tmp()).unwrap().count(), 1);
+        drop(lock);
+        import(&scratch).1.unwrap();
+        assert_eq!(fs::read_dir(store.tmp()).unwrap().count(), 0);
     }
 
     /// What is wrong with a layer is told, and nothing of it is kept.

@@ -201,6 +201,18 @@ fn runs_not(what: String) -> Finding {
     finding(KVM, Level::Error, what, "it cannot boot Linux, so no pod can run here", USE_RUNNER)
 }
 
+fn not_in_time(what: String) -> Finding {
+    let meaning =
+        "a guest of a few instructions was not done in 10 s: the host stands still, or its KVM hangs";
+    finding(
+        KVM,
+        Level::Error,
+        what,
+        meaning,
+        "Try again when the host has time. If it stays so, use a machine with hardware virtualization",
+    )
+}
+
 fn kvm(asked: &Asked) -> Finding {
     match asked {
         Ok(Verdict::RunsLinux { loop_ns }) => {
@@ -224,7 +236,8 @@ fn kvm(asked: &Asked) -> Finding {
             } else {
                 "does not run supervisor code as Linux needs it"
             };
-            runs_not(format!("/dev/kvm {how}: {}{time}", defects.join(", ")))
+            let found = format!("/dev/kvm {how}: {}{time}", defects.join(", "));
+            if asked.as_ref().is_ok_and(Verdict::is_lasting) { runs_not(found) } else { not_in_time(found) }
         }
         Err(error) => {
             let (meaning, remedy) = match error {

@@ -33,7 +33,12 @@ pub(super) fn read(
         (uids, gids) => {
             let map = |name: &str, mappings: &Option<Vec<_>>| {
                 let field = format!("{field}.{name}");
-                map(&field, mappings.as_deref().unwrap_or_default(), validate_id_mappings)
+                map(
+                    &field,
+                    mappings.as_deref().unwrap_or_default(),
+                    "an ID-mapped mount",
+                    validate_id_mappings,
+                )
             };
             UserNamespace { uids: map("uidMappings", uids)?, gids: map("gidMappings", gids)? }
         }

@@ -24,8 +24,8 @@ pub(super) fn read(
         };
     }
     let namespace = UserNamespace {
-        uids: map(UIDS, uids, validate_container_map)?,
-        gids: map(GIDS, gids, validate_container_map)?,
+        uids: map(UIDS, uids, "a namespace of type user", validate_container_map)?,
+        gids: map(GIDS, gids, "a namespace of type user", validate_container_map)?,
     };
     let unmapped = |field: &str, id: u32, of: &str| {
         Err(invalid(format!("process.user.{field}"), format!("{id} is none of the IDs in {of}")))
@@ -65,10 +65,11 @@ pub(super) fn check_owners(
 pub(super) fn map(
     field: &str,
     wanted: &[LinuxIdMapping],
+    needed_by: &str,
     validate: impl Fn(&[IdMapping]) -> Result<(), BadMap>,
 ) -> Result<Vec<IdMapping>, BundleError> {
     if wanted.is_empty() {
-        return Err(invalid(field, "is missing: IDs of users and of groups are mapped together"));
+        return Err(invalid(field, format!("is missing, which {needed_by} needs")));
     }
     let one = |one: &LinuxIdMapping| IdMapping {
         container: one.container_id(),

@@ -241,6 +241,15 @@ impl LogReader {
         Ok(true)
     }
 
+    /// Whether it is the log in that directory still: another container may have got the name.
+    #[must_use]
+    pub fn is_in(&self, directory: &Path) -> bool {
+        let id = |metadata: io::Result<fs::Metadata>| {
+            metadata.ok().map(|metadata| (metadata.dev(), metadata.ino()))
+        };
+        id(fs::metadata(directory)) == id(self.directory.metadata())
+    }
+
     /// Whether a part was gone before it could be read, since the last time this was asked.
     pub fn missed(&mut self) -> bool {
         std::mem::take(&mut self.missed)

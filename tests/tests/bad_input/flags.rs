@@ -9,11 +9,11 @@ fn options_of_run_that_cannot_be() {
     let cases: &[(&[&str], &[&str])] = &[
         (&["--colour"], &["--colour", "Usage", "--help"]),
         (&["--memory"], &["--memory", "value is required"]),
-        (&["--memory", "0"], &["Memory", "48 to"]),
-        (&["--memory", "1M"], &["Memory", "48 to"]),
-        (&["--memory", "2T"], &["Memory", "48 to"]),
+        (&["--memory", "0"], &["Memory", "32 to"]),
+        (&["--memory", "1M"], &["Memory", "32 to"]),
+        (&["--memory", "2T"], &["Memory", "32 to"]),
         (&["--memory", "1T"], &["1048576 MiB", "--memory"]),
-        (&["--memory", "1P"], &["Memory", "48 to"]),
+        (&["--memory", "1P"], &["Memory", "32 to"]),
         (&["--memory", "12X"], &["12X", "256M"]),
         (&["--memory", "M"], &["`M`", "256M"]),
         (&["--memory", "1.5G"], &["1.5G", "256M"]),
@@ -96,7 +96,7 @@ fn files_and_variables_that_cannot_be() {
     for (what, settings, words) in [
         ("an unknown setting", "[vm]\ncolour = 1\n", &["odd.toml:2", "colour"][..]),
         ("no TOML", "{}", &["odd.toml:1"]),
-        ("memory that cannot be", "[vm]\nmemory_mib = 1\n", &["odd.toml:2", "48"]),
+        ("memory that cannot be", "[vm]\nmemory_mib = 1\n", &["odd.toml:2", "32 to"]),
         ("CPUs that cannot be", "[vm]\ncpus = 0\n", &["odd.toml:2"]),
     ] {
         desk.write("odd.toml", settings);

@@ -121,6 +121,13 @@ except OSError as error:
     // Without a map it is all nobody's.
     shared(&place, "others", (0, 0), (5, 6));
     assert!(said("others", &["rbind"]).starts_with("65534:65534 65534:65534\n"));
+    // Nobody's files can be copied, and are the container's then.
+    let program = place.scratch.join("others/data/of-one");
+    fs::set_permissions(program, fs::Permissions::from_mode(0o4755)).expect("mode");
+    let script = format!("{OWNERS}\nprint(owner('/media/of-one'), oct(os.stat('/media/of-one').st_mode))");
+    let copy = json!({"destination": "/media", "type": "tmpfs", "options": ["tmpcopyup"]});
+    let mounts = vec![("/mounts/-", mount(&["rbind"])), ("/mounts/-", copy)];
+    assert_eq!(python(&place, "others", &script, &[user_namespace(), mounts].concat()), "0:0 0o100755\n");
     place.assert_clean();
 }
 
@@ -140,7 +147,7 @@ print(oct(os.stat('/media').st_mode), oct(os.stat('/media/script').st_mode), own
 print(sorted(os.listdir('/media')), os.readlink('/media/link'), open('/media/deep/er/file').read())
 open('/media/script', 'w').write('other')
 print(os.getcwd(), 'tmpfs' in [line.split()[2] for line in open('/proc/mounts') if line.split()[1] == '/media'])
-print(os.listdir('/srv'))
+print(os.listdir('/srv'), oct(os.stat('/home').st_mode), owner('/home'))
 try:
     open('/opt/x', 'w')
 except OSError as error:
@@ -151,6 +158,8 @@ except OSError as error:
     let mounts = [
         json!({"destination": "/media", "type": "bind", "source": "data", "options": ["rbind"]}),
         tmpfs("/media", &["tmpcopyup", "size=1m"]),
+        json!({"destination": "/home", "type": "bind", "source": "data", "options": ["rbind"]}),
+        tmpfs("/home", &["tmpcopyup", "mode=711", "uid=9"]),
         // There is nothing in the image.
         tmpfs("/srv", &["tmpcopyup"]),
         tmpfs("/opt", &["tmpcopyup", "ro"]),
@@ -159,7 +168,7 @@ except OSError as error:
     let changes: Vec<_> = mounts.into_iter().map(|mount| ("/mounts/-", mount)).chain([cwd]).collect();
     let said = python(&place, "copied", &script, &changes);
     let expected = format!(
-        "0o41777 0o104755 7:8\n['deep', 'link', 'script'] /etc/shadow deep\n/run/made/here True\n[]\n{}\n",
+        "0o41777 0o104755 7:8\n['deep', 'link', 'script'] /etc/shadow deep\n/run/made/here True\n[] 0o40711 9:0\n{}\n",
         Errno::EROFS as i32
     );
     assert_eq!(said, expected);
