@@ -35,7 +35,16 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
         "kernel" => vec![elf(2, 0x10_0000, 64), elf(1, 0x10_0000, 64), elf(2, u64::MAX - 8, 64), bzimage()],
         "klog" => vec![log()],
         "agent_frames" => frames(),
-        "bundle" => texts(&[BUNDLE, CONFINED, TIMED, PROCESS, RESOURCES, r#"{"ociVersion":"1.2.0"}"#]),
+        "bundle" => texts(&[
+            BUNDLE,
+            CONFINED,
+            TIMED,
+            MAPPED,
+            REFUSED,
+            PROCESS,
+            RESOURCES,
+            r#"{"ociVersion":"1.2.0"}"#,
+        ]),
         "image_archive" => vec![
             tar(&[
                 (b'0', "manifest.json", DOCKER_IMAGES),
@@ -166,6 +175,17 @@ const TIMED: &str = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"},"hostname"
 "linux":{"namespaces":[{"type":"uts"},{"type":"time"},{"type":"user"}],"uidMappings":[{"containerID":0,"hostID":100000,"size":65536}],
 "gidMappings":[{"containerID":0,"hostID":100000,"size":1000},{"containerID":1000,"hostID":7,"size":1}],"timeOffsets":{"monotonic":{"secs":-1,"nanosecs":5},"boottime":{"secs":7}},
 "personality":{"domain":"LINUX32"}}}"#;
+const MAPPED: &str = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"},
+"process":{"args":["sh"],"cwd":"/","user":{"uid":0,"gid":0},"capabilities":{"inheritable":["CAP_KILL"],"ambient":["CAP_KILL"]}},
+"mounts":[{"destination":"/a","type":"bind","source":"/tmp","options":["rbind","ridmap"],
+"uidMappings":[{"containerID":0,"hostID":5,"size":9}],"gidMappings":[{"containerID":7,"hostID":0,"size":4294967295}]},
+{"destination":"/b","type":"bind","source":"/tmp","options":["idmap"]},
+{"destination":"/c","type":"tmpfs","options":["tmpcopyup","mode=700"]}],
+"linux":{"resources":{"cpu":{"mems":"0"}},"namespaces":[{"type":"user"}],"uidMappings":[{"containerID":0,"hostID":1,"size":9}],
+"gidMappings":[{"containerID":0,"hostID":1,"size":9}]}}"#;
+const REFUSED: &str = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"},"windows":{},"zos":{},"vm":{},"solaris":{},
+"process":{"args":["sh"],"commandLine":"sh","cwd":"/","user":{"uid":0,"gid":0,"username":"u"},"selinuxLabel":"l"},
+"linux":{"mountLabel":"m","intelRdt":{"closID":"c"},"memoryPolicy":{"mode":"MPOL_BIND"},"netDevices":{"eth0":{}}}}"#;
 const PROCESS: &str = r#"{"args":["ls"],"cwd":"/","user":{"uid":1,"gid":2},"terminal":true,"consoleSize":{"height":24,"width":80}}"#;
 const RESOURCES: &str =
     r#"{"memory":{"limit":-1},"cpu":{"quota":-1,"idle":1,"burst":5},"blockIO":{"weight":500}}"#;

@@ -17,8 +17,10 @@ use std::time::{Duration, Instant};
 /// The hierarchy of version 2, or where it is beside one of version 1.
 const ROOTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
 
-/// Longest that systemd may take to remove the cgroup of a scope that has ended.
-const SYSTEMD: Duration = Duration::from_secs(10);
+/// Longest that systemd may take to remove the cgroup of a scope that has ended: containerd gives the action `delete` 5 s in all.
+const SYSTEMD: Duration = Duration::from_secs(3);
+/// Where it keeps the units that it was told of while it runs (systemd.unit(5)).
+const TRANSIENT: &str = "/run/systemd/transient";
 /// Between two looks at whether something is gone.
 const MOMENT: Duration = Duration::from_millis(5);
 
@@ -107,7 +109,8 @@ pub(crate) fn leave() {
 pub(crate) fn clean_up(name: &Path) {
     let (Some(root), Ok(relative)) = (root(), relative(name)) else { return };
     let path = root.join(relative);
-    if has_systemd() && scope(name).is_some() {
+    // Of the scope of a pod that did not come up, it was not told.
+    if scope(name).is_some_and(|scope| Path::new(TRANSIENT).join(scope.unit).exists()) {
         // It does not see that nobody is in a cgroup that is not there, and would keep the unit.
         let patience = Instant::now() + SYSTEMD;
         while path.exists() && Instant::now() < patience {

@@ -79,9 +79,6 @@ fn clean_up(flags: &Flags, bundle: &Path, config: Option<&ConfigJson>) {
     if let Ok(directory) = StateRoot::from_env().create(&pod_name(&flags.namespace, &flags.id)) {
         drop(directory);
     }
-    if let Some(cgroup) = config.and_then(|config| config.cgroup.as_deref()) {
-        cgroup::clean_up(cgroup);
-    }
     // Without a bundle, the address is that which `start` would give it.
     let address = fs::read_to_string(bundle.join("address"));
     let address = address.unwrap_or_else(|_| {
@@ -98,6 +95,10 @@ fn clean_up(flags: &Flags, bundle: &Path, config: Option<&ConfigJson>) {
     // member's.
     if UnixStream::connect(socket).is_err() {
         let _ = fs::remove_file(socket);
+    }
+    // At last, as systemd may have to be waited for.
+    if let Some(cgroup) = config.and_then(|config| config.cgroup.as_deref()) {
+        cgroup::clean_up(cgroup);
     }
 }
 

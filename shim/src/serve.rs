@@ -8,6 +8,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use containerd_shim_protos::sandbox_async::create_sandbox;
@@ -32,6 +33,10 @@ use crate::watch::{self, Notice};
 
 /// The Task API's name up to containerd 1.7; containerd 2 knows the same messages by another. It takes either.
 const TASK_V2: &str = "containerd.task.v2.Task";
+/// For a VM to end that was told to.
+const SHUTDOWN: Duration = Duration::from_secs(30);
+/// A thread's stack that calls next to nothing.
+const SMALL: usize = 64 << 10;
 /// For the last events to be delivered.
 const LAST_EVENTS: Duration = Duration::from_secs(5);
 
@@ -53,11 +58,10 @@ pub(crate) fn serve(flags: &Flags) -> Result<(), ServeError> {
     let listener = io::stdin().as_fd().try_clone_to_owned().map_err(ServeError::Listener)?;
     let listener = UnixListener::from(listener);
     let events = env::var(TTRPC_ADDRESS).map_err(|_| ServeError::NoTtrpc)?;
-    // Whoever ends the shim takes its pod along: containerd asks for it by requests.
-    block_signals();
+    let signals = block_signals();
     begin_log(flags);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
-    let served = runtime.map_err(ServeError::Runtime)?.block_on(run(flags, listener, &events));
+    let served = runtime.map_err(ServeError::Runtime)?.block_on(run(flags, listener, &events, signals));
     // Not to wait for threads that wait for a guest.
     served.map(|()| std::process::exit(0))
 }
@@ -75,13 +79,31 @@ fn begin_log(flags: &Flags) {
     }
 }
 
-/// Blocks them; the VMM, a child, sets its own mask.
-fn block_signals() {
-    let ignored: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
-    let _ = ignored.thread_block();
+/// Blocks them, as whoever ends the shim takes its pod along: containerd asks for it by requests. The VMM, a child, sets its own mask.
+fn block_signals() -> SigSet {
+    let blocked: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
+    let _ = blocked.thread_block();
+    blocked
 }
 
-async fn run(flags: &Flags, listener: UnixListener, address: &str) -> Result<(), ServeError> {
+/// Ends the shim with its VM, if it was told to end shortly before. When a host shuts down, systemd tells all processes that are left
+/// so, the VMM among them, and waits for each for 90 s.
+async fn end_with_vm(shim: Arc<Shim>, told: Arc<Notify>) {
+    loop {
+        told.notified().await;
+        let Some(vm) = shim.tasks.vm() else { continue };
+        if tokio::time::timeout(SHUTDOWN, vm.wait()).await.is_ok() {
+            return shim.end();
+        }
+    }
+}
+
+async fn run(
+    flags: &Flags,
+    listener: UnixListener,
+    address: &str,
+    signals: SigSet,
+) -> Result<(), ServeError> {
     let socket = listener.local_addr().map_err(ServeError::Listener)?;
     let (notices, waiting) = mpsc::unbounded_channel();
     let shim = Arc::new(Shim {
@@ -94,6 +116,17 @@ async fn run(flags: &Flags, listener: UnixListener, address: &str) -> Result<(),
         served_since: monotonic_ns(),
         starts: Arc::default(),
     });
+    let told = Arc::new(Notify::new());
+    tokio::spawn(end_with_vm(shim.clone(), told.clone()));
+    let wait = move || {
+        while let Ok(signal) = signals.wait() {
+            if signal == Signal::SIGTERM {
+                told.notify_one();
+            }
+        }
+    };
+    // Without it, a host takes longer to shut down.
+    let _ = thread::Builder::new().name("signals".into()).stack_size(SMALL).spawn(wait);
     let watching = tokio::spawn(watch::handle(shim.clone(), waiting));
     let listener = Listener::try_from(listener).map_err(ServeError::Listener)?;
     let mut server = Server::new().add_listener(listener).register_service(services(&shim));

@@ -17,7 +17,7 @@ use crate::shim_tests::{
 
 type Test = (&'static str, fn(&Player));
 
-const TESTS: [Test; 37] = [
+const TESTS: [Test; 38] = [
     ("both_ways_to_start_a_shim", ends::both_ways),
     ("the_sandbox_service_from_end_to_end", sandbox::end_to_end),
     ("the_sandbox_service_out_of_order", sandbox::out_of_order),
@@ -53,6 +53,7 @@ const TESTS: [Test; 37] = [
     ("requests_for_a_pod_whose_vm_was_killed", ends::vm_killed),
     ("delete_after_the_shim_was_killed", ends::shim_killed),
     ("delete_of_a_shim_that_still_serves", ends::deleted_while_it_serves),
+    ("a_shim_ends_with_its_vm_where_the_host_shuts_down", ends::host_shut_down),
     ("a_shim_begins_in_its_pods_cgroup", ends::cgroup),
     ("an_id_is_used_again_as_soon_as_its_shim_has_answered", ends::same_id_again),
 ];

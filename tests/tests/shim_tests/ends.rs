@@ -141,6 +141,19 @@ pub(crate) fn shim_killed(player: &Player) {
     pod.end();
 }
 
+/// A host that shuts down tells all processes to end, and waits for them.
+pub(crate) fn host_shut_down(player: &Player) {
+    let shim = player.running("told", &SLEEP);
+    let (id, process) = (shim.id.as_str(), Pid::from_raw(shim.pid()));
+    kill(process, Signal::SIGTERM).expect("kill");
+    std::thread::sleep(Duration::from_secs(1));
+    let vmm = shim.state(id, "").expect("it serves its pod").pid;
+    kill(Pid::from_raw(i32::try_from(vmm).expect("pid")), Signal::SIGTERM).expect("kill");
+    let gone = || (!Path::new(&format!("/proc/{process}/exe")).exists()).then_some(());
+    until(Duration::from_secs(20), gone).expect("it has ended with its VM");
+    player.delete(id, &shim.bundle);
+}
+
 /// containerd gives up one that still serves, or is just about to end.
 pub(crate) fn deleted_while_it_serves(player: &Player) {
     for round in 0..20 {
