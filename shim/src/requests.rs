@@ -224,8 +224,12 @@ impl Shim {
             task.vm.awake()?;
             let freeze = |frozen| Request::Freeze { container: id.into(), frozen };
             if let Err(error) = call(&task.vm, freeze(paused)).await {
-                // What is not known to be done is not to be half done.
-                let _ = task.vm.pod.agent().send(freeze(!paused));
+                if let CallError::NoAnswer(_) = error {
+                    // What is not known to be done is not to be half done. Not waited for, and not on the thread of all requests:
+                    // a guest that takes nothing holds up who sends.
+                    let (vm, back) = (task.vm.clone(), freeze(!paused));
+                    spawn_blocking(move || vm.pod.agent().send(back).map(drop));
+                }
                 return Err(error.into());
             }
         } else {
