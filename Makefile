@@ -31,8 +31,8 @@ kernel: setup ## Guest kernel (target/guest/vmlinux); KERNEL_SRC= and KERNEL= ov
 initramfs: setup ## Agent, static, in its initramfs (target/guest/initramfs.cpio)
 	@$(initramfs)
 
-rootfs: setup ## Root file systems of the tests and the demo (target/guest/python-rootfs, software-rootfs, programs-rootfs)
-	@rootfs/python-rootfs.sh && rootfs/software-rootfs.sh && rootfs/software-rootfs.sh programs
+rootfs: setup ## Root file systems of the tests and the demo (target/guest/python-rootfs and those of software-rootfs.sh)
+	@rootfs/python-rootfs.sh && for set in software programs runtimes; do rootfs/software-rootfs.sh $$set || exit 1; done
 
 containerd: setup ## Debian's containerd, runc and CNI plugins, unpacked for the tests (target/containerd)
 	@scripts/containerd-tools
@@ -46,8 +46,8 @@ test: build rootfs containerd ## All tests: unit, VM and end to end
 e2e: build rootfs containerd ## VM and end-to-end tests alone; TESTS=name filters
 	@scripts/test --e2e $(TESTS)
 
-soak: build rootfs containerd ## Failures under containerd, and programs, at length (an hour); KRX_SEED= repeats a run
-	@rootfs/software-rootfs.sh runtimes && scripts/test --soak
+soak: build rootfs containerd ## Failures under containerd, and programs, at length (two hours); KRX_SEED= repeats a run
+	@scripts/test --soak
 
 lint: setup ## Formatting, clippy, licences and advisories (where cargo-deny is installed)
 	@cargo fmt --all --check && cargo clippy --workspace --all-targets --locked --quiet -- -D warnings

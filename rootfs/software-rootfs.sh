@@ -30,7 +30,7 @@ case $set in
         wanted="redis-server redis-tools postgresql-15 postgresql-client-15 nginx"
         tried="redis-server redis-cli redis-benchmark nginx $postgres/bin/postgres"
         programs="usr/bin/redis-check-rdb usr/bin/redis-cli usr/bin/redis-benchmark usr/sbin/nginx
- $postgres/bin/initdb $postgres/bin/postgres $postgres/bin/psql $postgres/bin/pg_ctl"
+ $postgres/bin/initdb $postgres/bin/postgres $postgres/bin/psql $postgres/bin/pg_ctl $postgres/bin/pgbench"
         trees="usr/share/postgresql/15"
         plugins="$postgres/lib/*.so" ;;
     programs)
@@ -45,7 +45,7 @@ case $set in
         wanted="nodejs openjdk-17-jre-headless nginx curl"
         tried="node nginx curl"
         programs="usr/bin/node usr/sbin/nginx usr/bin/curl usr/bin/head usr/bin/sha256sum usr/bin/timeout"
-        trees="$jvm etc/java-17-openjdk"
+        trees="$jvm etc/java-17-openjdk usr/share/nodejs"
         plugins="$jvm/bin/* $jvm/lib/*.so $jvm/lib/server/*.so" ;;
     throughput)
         wanted="fio iperf3 iproute2"
@@ -140,7 +140,9 @@ case $set in
         # What the package's own script does: an archive of classes, without which a start is twice as long. Java looks for itself in /proc.
         mkdir "$work/root/proc"
         unshare --mount sh -c 'mount -t proc proc "$1/proc" && exec chroot "$1" "$2/bin/java" -Xshare:dump' sh "$work/root" "/$jvm" >/dev/null ||
-            fail "java does not run in what was made" ;;
+            fail "java does not run in what was made"
+        # Debian's node loads some of its own modules from files.
+        chroot "$work/root" node -e 0 || fail "node does not run in what was made" ;;
 esac
 cd "$work/root"
 mkdir -p dev etc proc run sys tmp var/lib/nginx var/log/nginx root

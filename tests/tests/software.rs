@@ -26,6 +26,24 @@ const INITDB: &str = "/usr/lib/postgresql/15/bin/initdb -D /data/db -U web -A tr
 const POSTGRES: &str = "/usr/lib/postgresql/15/bin/postgres -D /data/db -c unix_socket_directories=/tmp \
     -c listen_addresses= -c shared_buffers=16MB -c max_connections=10";
 const PSQL: &str = "/usr/lib/postgresql/15/bin/psql -h /tmp -U web -qtA -v ON_ERROR_STOP=1 postgres";
+/// `PostgreSQL`'s own benchmark, with fewer accounts than its scale 1 has: each of its transactions adds a number to an account, to a
+/// teller, to a branch, and to a history.
+const PGBENCH: &str = "/usr/lib/postgresql/15/bin/pgbench -h /tmp -U web";
+const ACCOUNTS: &str = "insert into pgbench_branches values (1, 0); insert into pgbench_tellers select n, 1, 0 from generate_series(1, 10) n; \
+    insert into pgbench_accounts select n, 1, 0 from generate_series(1, 1000) n;";
+const TRANSACTION: &str = r"\set aid random(1, 1000)
+\set tid random(1, 10)
+\set delta random(-5000, 5000)
+begin;
+update pgbench_accounts set abalance = abalance + :delta where aid = :aid;
+update pgbench_tellers set tbalance = tbalance + :delta where tid = :tid;
+update pgbench_branches set bbalance = bbalance + :delta where bid = 1;
+insert into pgbench_history (tid, bid, aid, delta, mtime) values (:tid, 1, :aid, :delta, current_timestamp);
+end;
+";
+const BALANCES: &str = "select (select sum(abalance) from pgbench_accounts) = all (array[(select sum(tbalance) from pgbench_tellers), \
+    (select sum(bbalance) from pgbench_branches), (select coalesce(sum(delta), 0) from pgbench_history)]), \
+    (select count(*) from pgbench_history)";
 /// Longest that a database may take to be made, or to recover.
 const DATABASE: Duration = Duration::from_secs(240);
 
@@ -173,6 +191,11 @@ fn postgresql(engine: &Engine) {
     wait_long(&server, "database system is ready to accept connections");
     let sql = "create table t (n int primary key, text text); insert into t select n, repeat('x', 100) from generate_series(1, 3000) n; checkpoint;";
     assert_eq!(server.sh(&format!("{PSQL} -c \"{sql}\"")), "");
+    fs::write(volume.join("transaction"), TRANSACTION).expect("script");
+    let bench = format!("{PGBENCH} -n -f /data/transaction -c 4 postgres");
+    let counted = server
+        .sh(&format!("{PGBENCH} -i -I dtp -q postgres 2>&1 && {PSQL} -c '{ACCOUNTS}' && {bench} -t 10 2>&1"));
+    assert!(counted.contains("number of transactions actually processed: 40/40\n"), "{counted}");
     // Each line that is told is a transaction that was promised to last.
     let promised = volume.join("promised");
     let script = format!(
@@ -180,10 +203,11 @@ fn postgresql(engine: &Engine) {
     );
     let writer = server.exec_stream(&["sh", "-c", &script], false);
     let told = || fs::read_to_string(&promised).unwrap_or_default().lines().count();
+    let bench = server.exec_stream(&["sh", "-c", &format!("{bench} -T 600 >/dev/null 2>&1")], false);
     assert!(until(END, || (told() >= 5).then_some(())).is_some(), "nothing is written: {:?}", server.logs());
     fail(engine);
     assert_eq!(until(END, || (server.status().state != CONTAINER_RUNNING).then_some(())), Some(()));
-    drop(writer);
+    drop((writer, bench));
     drop(pod);
 
     let lasting = told();
@@ -199,6 +223,11 @@ fn postgresql(engine: &Engine) {
         late.trim().parse::<usize>().expect("number") >= lasting,
         "{late} of {lasting} promised are there"
     );
+    // Each of the benchmark's transactions is there whole or not at all; those that it was told of before are.
+    let balances = server.sh(&format!("{PSQL} -c '{BALANCES}'"));
+    let (balanced, transactions) = balances.trim().split_once('|').expect("columns");
+    assert_eq!(balanced, "t", "{balances}");
+    assert!(transactions.parse::<usize>().expect("number") >= 40, "{balances}");
     server.sh(&format!("{PSQL} -c \"reindex table t; update t set text = 'new'\" -c 'vacuum t'"));
     server.stop(60).expect("stop");
     assert_eq!(server.status().exit_code, 0, "{:?}", server.logs());
