@@ -2,29 +2,30 @@
 
 use std::io;
 
-use caps::errors::CapsError;
-use caps::{CapSet, Capability, CapsHashSet};
-use rustix::thread::{CapabilitiesSecureBits, set_capabilities_secure_bits};
+use rustix::io::Errno;
+use rustix::thread::{
+    CapabilitiesSecureBits, CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set,
+    remove_capability_from_bounding_set, set_capabilities, set_capabilities_secure_bits,
+};
 
 /// What serving files of all owners takes, as fuse-backend-rs does it.
-pub const KEPT: [Capability; 8] = [
+pub const KEPT: CapabilitySet = CapabilitySet::empty()
     // chown(2), to any owner.
-    Capability::CAP_CHOWN,
+    .union(CapabilitySet::CHOWN)
     // Files and directories of any mode: the guest's kernel has judged who may use them, by groups that it does not tell.
-    Capability::CAP_DAC_OVERRIDE,
+    .union(CapabilitySet::DAC_OVERRIDE)
     // linkat(2) by descriptor, which is how the library makes hard links. It would open files by handle, too, anywhere
     // on their file system: no thread has that system call.
-    Capability::CAP_DAC_READ_SEARCH,
+    .union(CapabilitySet::DAC_READ_SEARCH)
     // chmod(2), utimensat(2) and extended attributes on files of any owner.
-    Capability::CAP_FOWNER,
+    .union(CapabilitySet::FOWNER)
     // Keeps setgid bits where root writes or changes a mode; the library drops it for a call that must clear them.
-    Capability::CAP_FSETID,
+    .union(CapabilitySet::FSETID)
     // Files that a user of the guest makes are made as that user and group.
-    Capability::CAP_SETGID,
-    Capability::CAP_SETUID,
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETUID)
     // The attribute security.capability: packages have programs with capabilities.
-    Capability::CAP_SETFCAP,
-];
+    .union(CapabilitySet::SETFCAP);
 
 /// Has this thread, and those it starts, keep its capabilities in force when it acts for another user. A file is made as the
 /// user and group of the request, but a user may make it where only another of its groups may, which the host cannot know
@@ -40,25 +41,29 @@ pub fn keep_for_all_users() -> io::Result<()> {
 ///
 /// # Errors
 /// What the kernel says; not to be expected of root.
-pub(super) fn drop_others() -> Result<(), CapsError> {
+pub(super) fn drop_others() -> io::Result<()> {
     // First, as it takes a capability itself.
-    for capability in caps::all().into_iter().filter(|capability| !KEPT.contains(capability)) {
-        // A kernel that is older than the list does not know the last ones.
-        if caps::has_cap(None, CapSet::Bounding, capability).unwrap_or(false) {
-            caps::drop(None, CapSet::Bounding, capability)?;
+    for capability in each().filter(|capability| !KEPT.contains(*capability)) {
+        match remove_capability_from_bounding_set(capability) {
+            // There are no more of them.
+            Err(Errno::INVAL) => break,
+            removed => removed?,
         }
     }
-    let held = caps::read(None, CapSet::Permitted)?;
-    let kept: CapsHashSet = KEPT.into_iter().filter(|capability| held.contains(capability)).collect();
-    caps::clear(None, CapSet::Ambient)?;
-    caps::clear(None, CapSet::Inheritable)?;
-    caps::set(None, CapSet::Effective, &kept)?;
-    caps::set(None, CapSet::Permitted, &kept)
+    clear_ambient_capability_set()?;
+    let kept = capabilities(None)?.permitted & KEPT;
+    let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
+    Ok(set_capabilities(None, sets)?)
+}
+
+/// Each that there can be, also those that are younger than this program.
+fn each() -> impl Iterator<Item = CapabilitySet> {
+    (0..u64::BITS).map(|number| CapabilitySet::from_bits_retain(1 << number))
 }
 
 #[cfg(test)]
 mod tests {
-    use rustix::thread::set_thread_res_uid;
+    use rustix::thread::{capability_is_in_bounding_set, set_thread_res_uid};
 
     use super::*;
 
@@ -70,15 +75,15 @@ mod tests {
                 eprintln!("SKIP: dropping capabilities needs root");
                 return;
             }
-            for set in [CapSet::Effective, CapSet::Permitted, CapSet::Bounding] {
-                let left = caps::read(None, set).unwrap();
-                assert!(left.iter().all(|capability| KEPT.contains(capability)), "{left:?}");
-            }
-            assert!(caps::read(None, CapSet::Inheritable).unwrap().is_empty());
-            let kept = caps::read(None, CapSet::Effective).unwrap();
+            let left = capabilities(None).unwrap();
+            assert!(KEPT.contains(left.effective | left.permitted), "{left:?}");
+            assert!(left.inheritable.is_empty(), "{left:?}");
+            let known = each().map_while(|one| Some((one, capability_is_in_bounding_set(one).ok()?)));
+            let bounding: Vec<_> = known.filter(|(_, is_in)| *is_in).map(|(one, _)| one).collect();
+            assert!(bounding.iter().all(|one| KEPT.contains(*one)), "{bounding:?}");
             let user = |id: u32| rustix::thread::Uid::from_raw(id);
             set_thread_res_uid(user(0), user(1000), user(0)).unwrap();
-            assert_eq!(caps::read(None, CapSet::Effective).unwrap(), kept, "for another user");
+            assert_eq!(capabilities(None).unwrap().effective, left.effective, "for another user");
         })
         .join()
         .unwrap();

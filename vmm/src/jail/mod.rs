@@ -55,7 +55,7 @@ pub enum JailError {
         source: io::Error,
     },
     #[error("Capabilities cannot be dropped")]
-    Capabilities(#[source] caps::errors::CapsError),
+    Capabilities(#[source] io::Error),
     #[error("Capabilities cannot be kept for all users of the guest")]
     Keep(#[source] io::Error),
     #[error("Thread that is to remove the pod's directory cannot be made")]
