@@ -10,6 +10,8 @@ use tests::terminal::Terminal;
 
 #[path = "conformance/mounts.rs"]
 mod mounts;
+#[path = "conformance/resources.rs"]
+mod resources;
 
 const CHECKER: &str = include_str!("conformance/checker.py");
 

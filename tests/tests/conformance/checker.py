@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import resource
+import signal
 import stat
 import sys
 import time
@@ -25,8 +26,18 @@ CAPABILITIES = (
 ).split()
 POLICIES = {"SCHED_OTHER": 0, "SCHED_FIFO": 1, "SCHED_RR": 2, "SCHED_BATCH": 3, "SCHED_IDLE": 5}
 IO_CLASSES = {"IOPRIO_CLASS_RT": 1, "IOPRIO_CLASS_BE": 2, "IOPRIO_CLASS_IDLE": 3}
-# x86-64's numbers of those that profiles of the tests speak of; called with nonsense, each has an errno of its own.
-CALLS = {"mkdirat": 258, "personality": 135, "syslog": 103, "acct": 163, "getpriority": 140}
+# x86-64's numbers of those that profiles of the tests speak of; called with nonsense, each has an errno of its own. The last two look at
+# one argument alone, so that the others can be anything.
+CALLS = {"mkdirat": 258, "syslog": 103, "acct": 163, "sched_get_priority_max": 146, "sched_get_priority_min": 147}
+OPERATORS = {
+    "SCMP_CMP_NE": lambda seen, value, _: seen != value,
+    "SCMP_CMP_LT": lambda seen, value, _: seen < value,
+    "SCMP_CMP_LE": lambda seen, value, _: seen <= value,
+    "SCMP_CMP_EQ": lambda seen, value, _: seen == value,
+    "SCMP_CMP_GE": lambda seen, value, _: seen >= value,
+    "SCMP_CMP_GT": lambda seen, value, _: seen > value,
+    "SCMP_CMP_MASKED_EQ": lambda seen, mask, value: seen & mask == value,
+}
 # Nodes, links and their targets that every container has ("Default Devices").
 NODES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
 LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2", "ptmx": "pts/ptmx"}
@@ -194,7 +205,14 @@ def check_devices(linux):
     for device in linux.get("devices", []):
         seen, path = os.stat(device["path"]), device["path"]
         same(f"linux.devices {path} type", device["type"] in "cu", stat.S_ISCHR(seen.st_mode))
-        same(f"linux.devices {path}", (device["major"], device["minor"]), (os.major(seen.st_rdev), os.minor(seen.st_rdev)))
+        if device["type"] == "b":
+            # A disk has other numbers in here, and is known by what the tests wrote to it.
+            same(f"linux.devices {path} is a disk", True, stat.S_ISBLK(seen.st_mode))
+            with open(path, "rb") as disk:
+                same(f"linux.devices {path} content", path.encode(), disk.read(len(path)))
+        else:
+            numbers = (os.major(seen.st_rdev), os.minor(seen.st_rdev))
+            same(f"linux.devices {path}", (device["major"], device["minor"]), numbers)
         same(f"linux.devices {path} mode", device.get("fileMode", 0o666), stat.S_IMODE(seen.st_mode))
         same(f"linux.devices {path} owner", (device.get("uid", 0), device.get("gid", 0)), (seen.st_uid, seen.st_gid))
 
@@ -292,12 +310,18 @@ def check_resources(wanted):
         limit("memory.max", bytes_or_max(memory["limit"]))
     if "reservation" in memory:
         limit("memory.low", memory["reservation"])
+    if "swap" in memory and not os.path.exists(f"{directory}/memory.swap.max"):
+        # Where there is no swap, any limit of it is kept.
+        same("swap", "0", dict(line.split()[:2] for line in read("/proc/meminfo").splitlines())["SwapTotal:"])
+    elif "swap" in memory:
+        limit("memory.swap.max", bytes_or_max(memory["swap"] - memory["limit"]))
     if "shares" in cpu:
         limit("cpu.weight", 1 + (cpu["shares"] - 2) * 9999 // 262142)
     if "quota" in cpu:
         limit("cpu.max", f"{bytes_or_max(cpu['quota'])} {cpu.get('period', 100000)}")
-    if "cpus" in cpu:
-        limit("cpuset.cpus", cpu["cpus"])
+    files = {"cpus": "cpuset.cpus", "mems": "cpuset.mems", "burst": "cpu.max.burst", "idle": "cpu.idle"}
+    for name in files.keys() & cpu.keys():
+        limit(files[name], cpu[name])
     if "limit" in wanted.get("pids", {}):
         limit("pids.max", bytes_or_max(wanted["pids"]["limit"]))
     for file, value in wanted.get("unified", {}).items():
@@ -308,10 +332,71 @@ def check_seccomp(linux):
     profile = linux.get("seccomp")
     same("linux.seccomp", 2 if profile else 0, int(status()["Seccomp"]))
     for rule in profile["syscalls"] if profile else []:
-        for name in rule["names"]:
-            if rule["action"] == "SCMP_ACT_ERRNO" and name in CALLS:
-                LIBC.syscall(CALLS[name], -1, -1, -1)
-                same(f"linux.seccomp {name}", rule.get("errnoRet", 1), ctypes.get_errno())
+        for name in CALLS.keys() & rule["names"]:
+            for arguments in worth_trying(rule):
+                wanted, seen = outcome(decides(profile, name, arguments)), call(name, arguments)
+                what = f"linux.seccomp {name}{arguments if rule.get('args') else ''}"
+                if wanted is None:
+                    # By the kernel, whatever it says: no rule's.
+                    same(f"{what} let through", False, seen in {outcome(rule) for rule in profile["syscalls"]})
+                else:
+                    same(what, wanted, seen)
+
+
+def worth_trying(rule):
+    """Arguments about each value that a rule compares with, in the lower and the upper half, where all others hold and where none does."""
+    calls = [[2**64 - 1] * 6, [0] * 6]
+    for held in [[0] * 6, [condition_met(rule, index) for index in range(6)]]:
+        for condition in rule.get("args", []):
+            for value in {condition["value"], condition.get("valueTwo", 0)}:
+                for tried in (value - 1, value, value + 1, value + 2**32, value ^ 2**63):
+                    calls.append(list(held))
+                    calls[-1][condition["index"]] = tried % 2**64
+    return [tuple(arguments) for arguments in calls] if rule.get("args") else [(2**64 - 1,) * 6]
+
+
+def condition_met(rule, index):
+    """A value for which a condition of that argument holds."""
+    for condition in rule.get("args", []):
+        value, two = condition["value"], condition.get("valueTwo", 0)
+        for tried in (value, two, value + 1, value - 1, 0):
+            if condition["index"] == index and OPERATORS[condition["op"]](tried % 2**64, value, two):
+                return tried % 2**64
+    return 0
+
+
+def decides(profile, name, arguments):
+    """The rule for a call: of libseccomp's an unconditional one before others, and of those the first that holds."""
+
+    def holds(rule):
+        by_index = {}
+        for condition in rule.get("args", []):
+            seen = arguments[condition["index"]]
+            held = OPERATORS[condition["op"]](seen, condition["value"], condition.get("valueTwo", 0))
+            by_index.setdefault(condition["index"], []).append(held)
+        return all(any(held) for held in by_index.values())
+
+    rules = [rule for rule in profile["syscalls"] if name in rule["names"] and holds(rule)]
+    rules.sort(key=lambda rule: bool(rule.get("args")))
+    return rules[0] if rules else {"action": profile["defaultAction"]}
+
+
+def outcome(rule):
+    """The errno by which an action shows, or the signal; None for what the kernel goes on with."""
+    return {
+        "SCMP_ACT_ERRNO": rule.get("errnoRet", 1), "SCMP_ACT_TRACE": errno.ENOSYS, "SCMP_ACT_TRAP": "SIGSYS", "SCMP_ACT_KILL": "SIGSYS",
+        "SCMP_ACT_KILL_THREAD": "SIGSYS", "SCMP_ACT_KILL_PROCESS": "SIGSYS", "SCMP_ACT_LOG": None, "SCMP_ACT_ALLOW": None,
+    }[rule["action"]]
+
+
+def call(name, arguments):
+    """What becomes of a process that makes a call: its errno, 0, or the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        failed = LIBC.syscall(CALLS[name], *map(ctypes.c_ulong, arguments)) < 0
+        os._exit(ctypes.get_errno() if failed else 0)
+    status = os.waitpid(child, 0)[1]
+    return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
 def check_hooks(config):
