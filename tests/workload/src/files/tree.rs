@@ -27,7 +27,8 @@ pub(crate) fn make(directory: &str, count: &str) -> Outcome {
             directories.push(below.clone());
         }
         let path = below.join(format!("file {number}"));
-        fs::write(&path, vec![(number % 251).to_le_bytes()[0]; number * 37 % 3000])?;
+        // Not of zeros, of which a copy may be a hole.
+        fs::write(&path, vec![(1 + number % 251).to_le_bytes()[0]; number * 37 % 3000])?;
         match number % 20 {
             0 => fs::hard_link(&path, top.join(format!("link {number}")))?,
             1 => symlink(format!("file {}", number + 1), below.join(format!("soft {number}")))?,
