@@ -24,7 +24,7 @@ use crate::oom::OomWatch;
 use crate::process::ProcessPlan;
 use crate::relay::Relay;
 use crate::shm::SharedMemory;
-use crate::{child, disks, guest, id_map, identity, network, stats, sys};
+use crate::{child, clock, disks, guest, id_map, identity, network, stats, sys};
 
 /// More containers than a pod has. Stops a host gone wild from using up the guest's descriptors.
 const MAX_CONTAINERS: usize = 128;
@@ -94,9 +94,9 @@ impl Containers {
                 identity::apply(hostname.as_deref(), sysctls).map(|()| Some(Answer::Done))
             }
             Request::ReleaseDisk { slot } => disks::release(slot).map(|()| Some(Answer::Done)),
+            Request::Clock { adjust_ns } => clock::adjust(adjust_ns).map(Some),
             Request::Network(spec) => network::apply(&spec).map(|()| Some(Answer::Done)),
-            // The server's own: it ends all of this.
-            Request::Shutdown => Ok(Some(Answer::Done)),
+            Request::Shutdown => Ok(Some(Answer::Done)), // The server's own: it ends all of this.
         };
         match result {
             Ok(None) => {}

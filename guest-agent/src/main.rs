@@ -6,6 +6,7 @@
 
 mod cgroup;
 mod child;
+mod clock;
 mod container;
 mod containers;
 mod control;

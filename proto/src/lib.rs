@@ -61,7 +61,7 @@ pub use user_namespace::{
 };
 
 /// Version of the protocol; both sides must agree exactly, as they are shipped together.
-pub const VERSION: u16 = 5;
+pub const VERSION: u16 = 6;
 
 /// Vsock ports of the guest. All are below 2^16 and above the privileged range but one.
 pub mod port {

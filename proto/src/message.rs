@@ -81,6 +81,9 @@ pub enum Request {
     ReleaseDisk { slot: u32 },
     /// Gives the guest the network of the pod; once, before containers are made that are to find it.
     Network(Box<NetworkSpec>),
+    /// Moves the guest's `CLOCK_REALTIME` by so many nanoseconds: half a second and more at once, less little by little. Zero
+    /// leaves it. Answered with [`Answer::Clock`].
+    Clock { adjust_ns: i64 },
 }
 
 /// What a successful call returns.
@@ -100,6 +103,10 @@ pub enum Answer {
     OomKills(u64),
     /// PIDs in the guest's root PID namespace, at most [`MAX_PIDS`].
     Pids(Vec<u32>),
+    /// What the guest's `CLOCK_REALTIME` says, in nanoseconds since 1970.
+    Clock {
+        unix_ns: i64,
+    },
 }
 
 /// Most PIDs of an answer, Linux' own default for the most there can be (`pid_max`).

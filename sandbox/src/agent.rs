@@ -23,6 +23,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
 use std::os::fd::AsRawFd;
 
+use crate::clock::{self, Clock};
 use crate::plain_file;
 
 /// How long an agent that already runs may take to answer a new connection.
@@ -70,9 +71,7 @@ pub enum CallError {
 /// A connection on which calls are made.
 #[derive(Debug)]
 pub struct AgentClient {
-    socket: UnixStream,
-    next: AtomicU32,
-    replies: Arc<Replies>,
+    line: Arc<Line>,
     guest: GuestInfo,
     /// For each call that is to be answered at once.
     limit: Duration,
@@ -85,8 +84,13 @@ pub struct Pending {
     limit: Duration,
 }
 
-/// Who waits for which reply; `None` once the connection is gone.
-struct Replies(Mutex<Option<Waiting>>);
+/// The connection, of which one thread reads.
+pub(crate) struct Line {
+    socket: UnixStream,
+    next: AtomicU32,
+    /// Who waits for which reply; `None` once the connection is gone.
+    replies: Mutex<Option<Waiting>>,
+}
 
 type Waiting = HashMap<u32, Continuation>;
 /// What is to be done with a reply. Dropped when there will be none.
@@ -159,7 +163,7 @@ impl AgentClient {
                 accepted => break accepted.map_err(|_| CallError::Lost)?.0,
             }
         };
-        Self::greet(socket, Some(vmm_ended), deadline, timeout, limit)
+        Self::greet(socket, Some(vmm_ended), deadline, timeout, limit, Some(Clock::new()))
     }
 
     /// Connects to the agent of a running pod.
@@ -171,7 +175,7 @@ impl AgentClient {
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         ready(socket.as_fd(), None, deadline, CONNECT_TIMEOUT)?;
         accepted(&socket, port::CONTROL)?;
-        Self::greet(socket, None, deadline, CONNECT_TIMEOUT, CALL_TIMEOUT)
+        Self::greet(socket, None, deadline, CONNECT_TIMEOUT, CALL_TIMEOUT, None)
     }
 
     /// What the guest says of itself.
@@ -201,12 +205,7 @@ impl AgentClient {
         request: Request,
         then: impl FnOnce(Result<Answer, AgentError>) + Send + 'static,
     ) -> Result<(), CallError> {
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let frame = krx_proto::encode(&Call { number, request }).map_err(CallError::Send)?;
-        // Written under the lock, so that frames of several threads do not mix.
-        let mut replies = self.replies.lock();
-        replies.as_mut().ok_or(CallError::Lost)?.insert(number, Box::new(then));
-        (&self.socket).write_all(&frame).map_err(|_| CallError::Lost)
+        self.line.send(request, then)
     }
 
     /// Reads the hello, then starts the thread that reads replies.
@@ -216,6 +215,7 @@ impl AgentClient {
         deadline: Instant,
         timeout: Duration,
         limit: Duration,
+        clock: Option<Clock>,
     ) -> Result<Self, CallError> {
         socket.set_nonblocking(true).map_err(|_| CallError::Lost)?;
         let mut received = Vec::new();
@@ -235,42 +235,84 @@ impl AgentClient {
         socket.set_nonblocking(false).map_err(|_| CallError::Lost)?;
         // A guest that takes no calls must not hold up who makes them.
         socket.set_write_timeout(Some(limit)).map_err(|_| CallError::Lost)?;
-        let replies = Arc::new(Replies(Mutex::new(Some(HashMap::new()))));
-        let (reader, handed) = (socket.try_clone().map_err(|_| CallError::Lost)?, replies.clone());
+        let every = clock.is_some().then_some(clock::EVERY);
+        socket.set_read_timeout(every).map_err(|_| CallError::Lost)?;
+        let line =
+            Arc::new(Line { socket, next: AtomicU32::new(1), replies: Mutex::new(Some(HashMap::new())) });
+        let reader = Reader { line: line.clone(), clock };
         thread::Builder::new()
             .name("agent-replies".into())
-            .spawn(move || handed.read(&mut BufReader::new(Cursor::new(received).chain(reader))))
+            .spawn(move || reader.run(received))
             .map_err(|_| CallError::Lost)?;
-        Ok(Self { socket, next: AtomicU32::new(1), replies, guest, limit })
+        Ok(Self { line, guest, limit })
     }
 }
 
 impl Drop for AgentClient {
     fn drop(&mut self) {
-        // The reading thread holds a second descriptor of the same connection; this ends it.
-        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        // The reading thread holds the same connection; this ends it.
+        let _ = self.line.socket.shutdown(std::net::Shutdown::Both);
     }
 }
 
-impl fmt::Debug for Replies {
+impl fmt::Debug for Line {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Replies").finish_non_exhaustive()
+        f.debug_struct("Line").field("socket", &self.socket).finish_non_exhaustive()
     }
 }
 
-impl Replies {
-    fn lock(&self) -> MutexGuard<'_, Option<Waiting>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+impl Line {
+    fn replies(&self) -> MutexGuard<'_, Option<Waiting>> {
+        self.replies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Sends a call, see [`AgentClient::send_then`].
+    pub(crate) fn send(
+        &self,
+        request: Request,
+        then: impl FnOnce(Result<Answer, AgentError>) + Send + 'static,
+    ) -> Result<(), CallError> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let frame = krx_proto::encode(&Call { number, request }).map_err(CallError::Send)?;
+        // Written under the lock, so that frames of several threads do not mix.
+        let mut replies = self.replies();
+        replies.as_mut().ok_or(CallError::Lost)?.insert(number, Box::new(then));
+        (&self.socket).write_all(&frame).map_err(|_| CallError::Lost)
+    }
+}
+
+/// The reading thread's end of the connection.
+#[derive(Debug)]
+struct Reader {
+    line: Arc<Line>,
+    /// That of the guest, where this is its owner.
+    clock: Option<Clock>,
+}
+
+impl Reader {
     /// Body of the reading thread. Ends with the connection; all who still wait then learn of its loss.
-    fn read(&self, from: &mut impl Read) {
-        while let Ok(Message::Reply { number, result }) = read_frame(from) {
-            let waiting = self.lock().as_mut().and_then(|replies| replies.remove(&number));
+    fn run(self, received: Vec<u8>) {
+        let line = self.line.clone();
+        let mut from = BufReader::new(Cursor::new(received).chain(self));
+        while let Ok(Message::Reply { number, result }) = read_frame(&mut from) {
+            let waiting = line.replies().as_mut().and_then(|replies| replies.remove(&number));
             let Some(then) = waiting else { break };
             then(result.map_err(presentable));
         }
-        *self.lock() = None;
+        *line.replies() = None;
+    }
+}
+
+impl Read for Reader {
+    /// Reads what comes, and looks at the guest's clock meanwhile.
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let read = (&self.line.socket).read(buffer);
+            self.clock.iter_mut().for_each(|clock| clock.check(&self.line));
+            if read.as_ref().map_err(io::Error::kind) != Err(io::ErrorKind::WouldBlock) {
+                return read;
+            }
+        }
     }
 }
 

@@ -16,6 +16,7 @@ pub mod artifacts;
 pub mod bundle;
 pub mod capability;
 pub mod cgroup_child;
+mod clock;
 pub mod container;
 pub mod control;
 pub mod default_spec;

@@ -3,6 +3,8 @@
 
 #![allow(clippy::tests_outside_test_module, reason = "an integration test is one")]
 
+#[path = "agent_tests/clock.rs"]
+mod clock;
 #[path = "agent_tests/user_namespaces.rs"]
 mod user_namespaces;
 

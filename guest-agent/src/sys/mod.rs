@@ -2,6 +2,7 @@
 //! and makes exactly one call; what the calls are for is said where they are used.
 
 pub(crate) mod bpf;
+pub(crate) mod clock;
 pub(crate) mod mount;
 pub(crate) mod process;
 pub(crate) mod seccomp;
