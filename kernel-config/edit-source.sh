@@ -147,6 +147,13 @@ edit mm/vmscan.c 'if (!cpuset_zone_allowed(zone, gfp_flags))' '	if (deferred_gro
 
 	if (!cpuset_zone_allowed(zone, gfp_flags))'
 edit mm/page_alloc.c 'unsigned long size = zone_managed_pages(zone);' '		unsigned long size = zone_managed_pages(zone) + nr_deferred_pages(); /* krx */'
+# Watermarks are those of all memory, and none is raised for memory that has been used in pieces, while there is other.
+edit mm/page_alloc.c 'mult_frac(zone_managed_pages(zone),' '			    mult_frac(zone_managed_pages(zone) + (managed_zone(zone) ? nr_deferred_pages() : 0), /* krx */'
+edit mm/page_alloc.c 'if (max > managed_pages)' '			if (max > managed_pages + (managed_pages ? nr_deferred_pages() : 0)) /* krx */'
+edit mm/page_alloc.c 'if (!watermark_boost_factor)' '	if (!watermark_boost_factor || nr_deferred_pages()) /* krx */'
+edit mm/vmscan.c 'mark = promo_wmark_pages(zone);' '			mark = promo_wmark_pages(zone);
+		else if (nr_deferred_pages()) /* krx: kswapd has nothing to do */
+			return true;'
 edit mm/page_alloc.c 'batch = min(zone_managed_pages(zone) >> 10, SZ_1M / PAGE_SIZE);' '	batch = min((zone_managed_pages(zone) + nr_deferred_pages()) >> 10, SZ_1M / PAGE_SIZE); /* krx */'
 
 # No bounce buffers, 64 MiB of them, in guests with memory above 4 GiB: krx's devices reach all of it.
@@ -158,3 +165,50 @@ edit mm/compaction.c 'static unsigned int __read_mostly sysctl_compaction_proact
 # Identifiers of IP packets begin at random where one is first used, not all of them at boot: 3 cms of random numbers for 2 GiB.
 edit net/ipv4/route.c 'delta = get_random_u32_below(now - old);' '		delta = old ? get_random_u32_below(now - old) : get_random_u32(); /* krx */'
 edit net/ipv4/route.c 'get_random_bytes(ip_idents, (ip_idents_mask + 1) * sizeof(*ip_idents));' '	/* krx: each becomes random when it is first used */'
+
+# A host holds a descriptor for each file that its guest knows, which is each that it has looked up while there is memory. When the host has no more of them,
+# the guest forgets what nobody uses, and asks again: krx-vmm refuses before it has done anything (vmm/src/virtio/fs/known.rs). The files of other file systems are forgotten, too, where they hold those of the share, as an overlay's do.
+edit fs/fuse/dev.c 'ssize_t __fuse_simple_request(struct mnt_idmap *idmap,' 'static ssize_t fuse_request_once(struct mnt_idmap *idmap, /* krx */'
+edit fs/fuse/dev.c 'static bool fuse_request_queue_background(struct fuse_req *req)' 'static bool fuse_forgets(struct fuse_mount *fm, unsigned int tries) /* krx */
+{
+	static DEFINE_MUTEX(forgetting);
+
+	if (tries >= 8 || !fm->sb || strcmp(fm->sb->s_type->name, "virtiofs"))
+		return false;
+	if (mutex_trylock(&forgetting)) {
+		shrink_dcache_sb(fm->sb);
+		if (tries)
+			drop_slab();
+		mutex_unlock(&forgetting);
+	}
+	/* What is forgotten is on its way to the host. */
+	if (tries)
+		msleep(1 << tries);
+	return !fatal_signal_pending(current);
+}
+
+ssize_t __fuse_simple_request(struct mnt_idmap *idmap,
+			      struct fuse_mount *fm,
+			      struct fuse_args *args)
+{
+	struct fuse_arg *last = args->out_argvar ?
+		&args->out_args[args->out_numargs - 1] : NULL;
+	unsigned int size = last ? last->size : 0;
+	unsigned int tries = 0;
+	ssize_t ret;
+
+	for (;;) {
+		ret = fuse_request_once(idmap, fm, args);
+		if (likely(ret != -EMFILE) || !fuse_forgets(fm, tries++))
+			return ret;
+		/* An error leaves no room for an answer of variable size. */
+		if (last)
+			last->size = size;
+	}
+}
+
+static bool fuse_request_queue_background(struct fuse_req *req)'
+# What cannot be looked up for that has not changed: what is mounted there stays.
+edit fs/fuse/dir.c 'if (ret == -ENOMEM || ret == -EINTR)' '		if (ret == -ENOMEM || ret == -EINTR || ret == -EMFILE) /* krx */'
+edit fs/fuse/dev.c '#include <linux/swap.h>' '#include <linux/swap.h>
+#include <linux/delay.h> /* krx */'

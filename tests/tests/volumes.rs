@@ -5,6 +5,7 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
+use std::process::Command;
 
 use sha2::{Digest, Sha256};
 use tests::pod::{Place, finish};
@@ -127,4 +128,48 @@ fn volume_paths_cannot_be_made_through_links_of_the_image() {
     assert_eq!(ended.code, 127, "{ended:?}");
     // Resolved inside the container's root, as the kernel would for a process in it.
     assert!(root.join("run/inside").exists());
+}
+
+/// Makes, finds and reads more files than the VMM may have descriptors for; then has as many open as it may, and more.
+const MANY_FILES: &str = r#"
+import errno, os, sys
+made = 0
+for directory in range(12):
+    os.mkdir(f"/data/{directory}")
+    for number in range(100):
+        with open(f"/data/{directory}/{number}", "x") as file: file.write(str(number))
+    os.symlink("0", f"/data/{directory}/link")
+    os.link(f"/data/{directory}/1", f"/data/{directory}/hard")
+    os.mkdir(f"/data/{directory}/inner")
+for turn in range(2):
+    found = [os.path.join(path, name) for path, _, names in os.walk("/data") for name in names]
+    sizes = sum(os.stat(path).st_size for path in found)
+    print(len(found), sizes)
+held = [open(path) for path in found[:300]]
+print(sum(os.stat(path).st_size for path in found) == sizes, held[7].read() == open(found[7]).read())
+more = []
+try:
+    for path in found: more.append(open(path))
+except OSError as error:
+    print(errno.errorcode[error.errno], len(more) > 100)
+held = more = None
+print(len(os.listdir("/data/3")), open(found[5]).read() == open(found[5]).read())
+"#;
+
+#[test]
+fn a_tree_may_have_more_files_than_the_vmm_has_descriptors() {
+    let Some(place) = Place::new() else { return };
+    place.scratch.write("data/script.py", MANY_FILES);
+    let volume = format!("{}:/data", place.scratch.join("data").display());
+    let krx = place.run(&["-v", &volume, "--ulimit", "nofile=4096"], &["python3", "/data/script.py"]);
+    let mut few = Command::new("sh");
+    few.args(["-c", "ulimit -n 1024 && exec \"$0\" \"$@\""]).arg(krx.get_program()).args(krx.get_args());
+    few.envs(krx.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let ended = finish(&mut few, b"").ok();
+    let lines: Vec<_> = ended.out.lines().collect();
+    // The script, and in each of 12 directories 100 files, a link, and a file's second name.
+    let files = 1 + 12 * 102;
+    assert!(lines[0].starts_with(&format!("{files} ")), "{ended:?}");
+    assert_eq!(lines[1..], [lines[0], "True True", "EMFILE True", "103 True"], "{ended:?}");
+    place.assert_clean();
 }

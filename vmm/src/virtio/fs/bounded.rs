@@ -14,6 +14,7 @@ use fuse_backend_rs::api::filesystem::{
 use fuse_backend_rs::passthrough::PassthroughFs;
 
 use super::kept::Kept;
+use super::known::Known;
 
 type Inode = u64;
 type Handle = u64;
@@ -32,11 +33,23 @@ const MAX_LISTING: u32 = 1 << 20;
 pub(super) struct Bounded {
     files: PassthroughFs,
     kept: Kept,
+    known: Known,
 }
 
 impl Bounded {
-    pub(super) fn new(files: PassthroughFs) -> Self {
-        Self { files, kept: Kept::default() }
+    /// `most`: files that the guest may know and have open.
+    pub(super) fn new(files: PassthroughFs, most: u64) -> Self {
+        Self { files, kept: Kept::default(), known: Known::new(most) }
+    }
+
+    /// Takes back what the library has counted for a node of which there is no room to know.
+    fn admit(&self, context: &Context, node: Inode) -> io::Result<()> {
+        self.known.room_for(node).inspect_err(|_| self.files.forget(context, node, 1))
+    }
+
+    fn told(&self, entry: Entry) -> Entry {
+        self.known.told(entry.inode);
+        entry
     }
 }
 
@@ -56,8 +69,76 @@ impl FileSystem for Bounded {
     fn lookup(&self, context: &Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
         match name.to_bytes() {
             b"." | b".." => Err(io::Error::from_raw_os_error(libc::ENOENT)),
-            _ => self.files.lookup(context, parent, name),
+            _ => {
+                let entry = self.files.lookup(context, parent, name)?;
+                self.admit(context, entry.inode)?;
+                Ok(self.told(entry))
+            }
         }
+    }
+
+    fn symlink(&self, context: &Context, target: &CStr, parent: Inode, name: &CStr) -> io::Result<Entry> {
+        self.known.room()?;
+        self.files.symlink(context, target, parent, name).map(|entry| self.told(entry))
+    }
+
+    fn mknod(
+        &self,
+        context: &Context,
+        parent: Inode,
+        name: &CStr,
+        mode: u32,
+        device: u32,
+        umask: u32,
+    ) -> io::Result<Entry> {
+        self.known.room()?;
+        self.files.mknod(context, parent, name, mode, device, umask).map(|entry| self.told(entry))
+    }
+
+    fn mkdir(
+        &self,
+        context: &Context,
+        parent: Inode,
+        name: &CStr,
+        mode: u32,
+        umask: u32,
+    ) -> io::Result<Entry> {
+        self.known.room()?;
+        self.files.mkdir(context, parent, name, mode, umask).map(|entry| self.told(entry))
+    }
+
+    fn link(&self, context: &Context, inode: Inode, parent: Inode, name: &CStr) -> io::Result<Entry> {
+        self.known.room()?;
+        self.files.link(context, inode, parent, name).map(|entry| self.told(entry))
+    }
+
+    fn create(
+        &self,
+        context: &Context,
+        parent: Inode,
+        name: &CStr,
+        arguments: CreateIn,
+    ) -> io::Result<Created> {
+        self.known.room()?;
+        let created = self.files.create(context, parent, name, arguments)?;
+        self.known.told(created.0.inode);
+        created.1.iter().for_each(|_| self.known.opened());
+        Ok(created)
+    }
+
+    fn forget(&self, context: &Context, inode: Inode, count: u64) {
+        self.known.forgotten(inode, count);
+        self.files.forget(context, inode, count);
+    }
+
+    fn batch_forget(&self, context: &Context, requests: Vec<(Inode, u64)>) {
+        requests.iter().for_each(|(inode, count)| self.known.forgotten(*inode, *count));
+        self.files.batch_forget(context, requests);
+    }
+
+    fn destroy(&self) {
+        self.known.clear();
+        self.files.destroy();
     }
 
     fn getxattr(&self, context: &Context, inode: Inode, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
@@ -70,13 +151,48 @@ impl FileSystem for Bounded {
 
     /// The guest keeps its pages of a file that has stayed what it was.
     fn open(&self, context: &Context, inode: Inode, flags: u32, fuse_flags: u32) -> io::Result<Opened> {
+        self.known.room()?;
         let (handle, mut options, passthrough) = self.files.open(context, inode, flags, fuse_flags)?;
+        handle.iter().for_each(|_| self.known.opened());
         if let Ok((stat, _)) = self.files.getattr(context, inode, handle)
             && self.kept.opened(inode, &stat)
         {
             options |= OpenOptions::KEEP_CACHE;
         }
         Ok((handle, options, passthrough))
+    }
+
+    fn opendir(
+        &self,
+        context: &Context,
+        inode: Inode,
+        flags: u32,
+    ) -> io::Result<(Option<Handle>, OpenOptions)> {
+        self.known.room()?;
+        let opened = self.files.opendir(context, inode, flags)?;
+        opened.0.iter().for_each(|_| self.known.opened());
+        Ok(opened)
+    }
+
+    fn release(
+        &self,
+        context: &Context,
+        inode: Inode,
+        flags: u32,
+        handle: Handle,
+        flush: bool,
+        unlock: bool,
+        owner: Option<u64>,
+    ) -> io::Result<()> {
+        self.files.release(context, inode, flags, handle, flush, unlock, owner)?;
+        self.known.closed();
+        Ok(())
+    }
+
+    fn releasedir(&self, context: &Context, inode: Inode, flags: u32, handle: Handle) -> io::Result<()> {
+        self.files.releasedir(context, inode, flags, handle)?;
+        self.known.closed();
+        Ok(())
     }
 
     fn readdir(
@@ -100,29 +216,35 @@ impl FileSystem for Bounded {
         offset: u64,
         add: AddEntryPlus<'_>,
     ) -> io::Result<()> {
-        self.files.readdirplus(context, inode, handle, size.min(MAX_LISTING), offset, add)
+        // An entry for which there is no room in the answer is looked up, and forgotten by the library.
+        let (mut told, mut refused) = (false, None);
+        let mut counted = |directory: DirEntry<'_>, entry: Entry| {
+            let node = entry.inode;
+            self.admit(context, node).inspect_err(|error| refused = error.raw_os_error())?;
+            let added = add(directory, entry)?;
+            if added > 0 {
+                self.known.told(node);
+                told = true;
+            }
+            Ok(added)
+        };
+        self.files.readdirplus(context, inode, handle, size.min(MAX_LISTING), offset, &mut counted)?;
+        // The library takes `.` and `..`, which it does not tell, for entries told: no error would mean the end of the directory.
+        refused.filter(|_| !told).map_or(Ok(()), |error| Err(io::Error::from_raw_os_error(error)))
     }
 
     // All else the library has; what it has not keeps the trait's answer, ENOSYS.
     forward! {
         init(capable: FsOptions) -> io::Result<FsOptions>;
-        destroy() -> ();
-        forget(c: &Context, inode: Inode, count: u64) -> ();
-        batch_forget(c: &Context, requests: Vec<(Inode, u64)>) -> ();
         statfs(c: &Context, inode: Inode) -> io::Result<statvfs64>;
         getattr(c: &Context, inode: Inode, handle: Option<Handle>) -> io::Result<(stat64, Duration)>;
         setattr(c: &Context, inode: Inode, attributes: stat64, handle: Option<Handle>, valid: SetattrValid)
             -> io::Result<(stat64, Duration)>;
         access(c: &Context, inode: Inode, mask: u32) -> io::Result<()>;
         readlink(c: &Context, inode: Inode) -> io::Result<Vec<u8>>;
-        symlink(c: &Context, target: &CStr, parent: Inode, name: &CStr) -> io::Result<Entry>;
-        mknod(c: &Context, parent: Inode, name: &CStr, mode: u32, device: u32, umask: u32) -> io::Result<Entry>;
-        mkdir(c: &Context, parent: Inode, name: &CStr, mode: u32, umask: u32) -> io::Result<Entry>;
         unlink(c: &Context, parent: Inode, name: &CStr) -> io::Result<()>;
         rmdir(c: &Context, parent: Inode, name: &CStr) -> io::Result<()>;
         rename(c: &Context, from: Inode, old: &CStr, to: Inode, new: &CStr, flags: u32) -> io::Result<()>;
-        link(c: &Context, inode: Inode, parent: Inode, name: &CStr) -> io::Result<Entry>;
-        create(c: &Context, parent: Inode, name: &CStr, arguments: CreateIn) -> io::Result<Created>;
         read(c: &Context, inode: Inode, handle: Handle, to: &mut dyn ZeroCopyWriter, size: u32, offset: u64,
             owner: Option<u64>, flags: u32) -> io::Result<usize>;
         write(c: &Context, inode: Inode, handle: Handle, from: &mut dyn ZeroCopyReader, size: u32, offset: u64,
@@ -132,11 +254,7 @@ impl FileSystem for Bounded {
         fallocate(c: &Context, inode: Inode, handle: Handle, mode: u32, offset: u64, length: u64)
             -> io::Result<()>;
         lseek(c: &Context, inode: Inode, handle: Handle, offset: u64, whence: u32) -> io::Result<u64>;
-        release(c: &Context, inode: Inode, flags: u32, handle: Handle, flush: bool, unlock: bool,
-            owner: Option<u64>) -> io::Result<()>;
-        opendir(c: &Context, inode: Inode, flags: u32) -> io::Result<(Option<Handle>, OpenOptions)>;
         fsyncdir(c: &Context, inode: Inode, data_only: bool, handle: Handle) -> io::Result<()>;
-        releasedir(c: &Context, inode: Inode, flags: u32, handle: Handle) -> io::Result<()>;
         setxattr(c: &Context, inode: Inode, name: &CStr, value: &[u8], flags: u32) -> io::Result<()>;
         removexattr(c: &Context, inode: Inode, name: &CStr) -> io::Result<()>;
     }

@@ -6,6 +6,7 @@
 
 mod bounded;
 mod kept;
+mod known;
 mod negotiation;
 pub mod request;
 mod worker;
@@ -34,6 +35,8 @@ const METADATA_TIMEOUT: Duration = Duration::from_secs(1);
 pub struct Fs {
     config: [u8; CONFIG_SIZE],
     root: PathBuf,
+    /// Files that the guest may know and have open.
+    most: u64,
 }
 
 impl Fs {
@@ -47,7 +50,7 @@ impl Fs {
         place.copy_from_slice(tag.as_bytes());
         config[TAG_SIZE] = 1;
         root.metadata()?;
-        Ok(Self { config, root: root.into() })
+        Ok(Self { config, root: root.into(), most: known::most() })
     }
 }
 
@@ -73,13 +76,13 @@ impl Device for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn Worker>, DeviceError> {
-        Ok(Box::new(FsWorker::new(self.root.clone(), activation)?))
+        Ok(Box::new(FsWorker::new(self.root.clone(), self.most, activation)?))
     }
 }
 
 /// The FUSE server, new at each activation: a driver that starts over knows no inodes. Made by the thread that serves, as it
 /// opens files.
-fn serve(root: &Path) -> io::Result<worker::Server> {
+fn serve(root: &Path, most: u64) -> io::Result<worker::Server> {
     let root_dir = root.to_str().ok_or(io::ErrorKind::InvalidInput)?.to_string();
     let config = Config {
         root_dir,
@@ -97,7 +100,7 @@ fn serve(root: &Path) -> io::Result<worker::Server> {
         use_host_ino: true,
         ..Config::default()
     };
-    Ok(worker::Server::new(Bounded::new(PassthroughFs::new(config)?)))
+    Ok(worker::Server::new(Bounded::new(PassthroughFs::new(config)?, most)))
 }
 
 #[cfg(test)]

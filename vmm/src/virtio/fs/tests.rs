@@ -60,7 +60,7 @@ struct Driver {
 impl Driver {
     fn new(name: &str) -> Self {
         let directory = Directory::new(name);
-        let server = serve(&directory.0.join("inside")).unwrap();
+        let server = serve(&directory.0.join("inside"), u64::MAX).unwrap();
         let driver = Self { memory: testing::memory(8), server, _directory: directory };
         let init =
             driver.ask(op::INIT, 0, &[&7_u32.to_le_bytes()[..], &31_u32.to_le_bytes(), &[0; 8]].concat());

@@ -30,6 +30,7 @@ const FRONT: usize = negotiation::REPLY;
 
 pub(super) struct FsWorker {
     root: PathBuf,
+    most: u64,
     /// None until the first request.
     server: Option<Server>,
     memory: GuestMemoryMmap,
@@ -38,13 +39,13 @@ pub(super) struct FsWorker {
 }
 
 impl FsWorker {
-    pub(super) fn new(root: PathBuf, activation: Activation) -> Result<Self, DeviceError> {
+    pub(super) fn new(root: PathBuf, most: u64, activation: Activation) -> Result<Self, DeviceError> {
         let epoll = Epoll::new().map_err(DeviceError::Host)?;
         for queue in &activation.queues {
             let event = EpollEvent::new(EventSet::IN, 0);
             epoll.ctl(ControlOperation::Add, queue.kick_fd(), event).map_err(DeviceError::Host)?;
         }
-        Ok(Self { root, server: None, memory: activation.memory, epoll, queues: activation.queues })
+        Ok(Self { root, most, server: None, memory: activation.memory, epoll, queues: activation.queues })
     }
 }
 
@@ -56,7 +57,7 @@ impl Worker for FsWorker {
     fn run(&mut self) -> Result<(), DeviceError> {
         let server = match &mut self.server {
             Some(server) => server,
-            none => none.insert(super::serve(&self.root).map_err(DeviceError::Host)?),
+            none => none.insert(super::serve(&self.root, self.most).map_err(DeviceError::Host)?),
         };
         for queue in &mut self.queues {
             serve_queue(server, &self.memory, queue)?;
