@@ -172,15 +172,21 @@ edit fs/fuse/dev.c 'ssize_t __fuse_simple_request(struct mnt_idmap *idmap,' 'sta
 edit fs/fuse/dev.c 'static bool fuse_request_queue_background(struct fuse_req *req)' 'static bool fuse_forgets(struct fuse_mount *fm, unsigned int tries) /* krx */
 {
 	static DEFINE_MUTEX(forgetting);
+	static unsigned long passes;
+	unsigned long seen = READ_ONCE(passes);
 
 	if (tries >= 8 || !fm->sb || strcmp(fm->sb->s_type->name, "virtiofs"))
 		return false;
-	if (mutex_trylock(&forgetting)) {
+	if (mutex_lock_killable(&forgetting))
+		return false;
+	/* One for all who wait. */
+	if (passes == seen) {
 		shrink_dcache_sb(fm->sb);
 		if (tries)
 			drop_slab();
-		mutex_unlock(&forgetting);
+		WRITE_ONCE(passes, passes + 1);
 	}
+	mutex_unlock(&forgetting);
 	/* What is forgotten is on its way to the host. */
 	if (tries)
 		msleep(1 << tries);
@@ -199,7 +205,7 @@ ssize_t __fuse_simple_request(struct mnt_idmap *idmap,
 
 	for (;;) {
 		ret = fuse_request_once(idmap, fm, args);
-		if (likely(ret != -EMFILE) || !fuse_forgets(fm, tries++))
+		if (likely(ret != -EMFILE) || args->once || !fuse_forgets(fm, tries++))
 			return ret;
 		/* An error leaves no room for an answer of variable size. */
 		if (last)
@@ -208,6 +214,11 @@ ssize_t __fuse_simple_request(struct mnt_idmap *idmap,
 }
 
 static bool fuse_request_queue_background(struct fuse_req *req)'
+# What a file is known by is not looked up again: its name may be another by then, and krx-vmm has room for what is known.
+edit fs/fuse/fuse_i.h 'bool force:1;' '	bool once:1; /* krx */
+	bool force:1;'
+edit fs/fuse/dir.c 'fuse_lookup_init(fm->fc, &args, get_node_id(d_inode(parent)),' '		args.once = true; /* krx */
+		fuse_lookup_init(fm->fc, &args, get_node_id(d_inode(parent)),'
 # What cannot be looked up for that has not changed: what is mounted there stays.
 edit fs/fuse/dir.c 'if (ret == -ENOMEM || ret == -EINTR)' '		if (ret == -ENOMEM || ret == -EINTR || ret == -EMFILE) /* krx */'
 edit fs/fuse/dev.c '#include <linux/swap.h>' '#include <linux/swap.h>

@@ -4,8 +4,6 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use krx_proto::{AgentError, Answer};
-use nix::sys::time::TimeSpec;
-use nix::time::{ClockId, clock_settime};
 
 use crate::error::{Doing, invalid};
 use crate::sys;
@@ -20,9 +18,8 @@ pub(crate) fn adjust(by_ns: i64) -> Result<Answer, AgentError> {
         let moved = if by_ns < 0 { now().checked_sub(by) } else { now().checked_add(by) };
         // Linux keeps 64 bits of nanoseconds.
         let to = moved.filter(|to| i64::try_from(to.as_nanos()).is_ok());
-        let to = to.ok_or_else(|| invalid(format_args!("The clock cannot be moved by {by_ns} ns")))?;
-        clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::from_duration(to))
-            .doing(|| "Cannot set the clock")?;
+        to.ok_or_else(|| invalid(format_args!("The clock cannot be moved by {by_ns} ns")))?;
+        sys::clock::step(by_ns).doing(|| "Cannot set the clock")?;
     } else if by_ns != 0 {
         sys::clock::slew(by_ns / 1000).doing(|| "Cannot adjust the clock")?;
     }

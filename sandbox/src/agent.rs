@@ -20,7 +20,7 @@ use krx_proto::{
     AgentError, Answer, Call, FrameError, GuestInfo, MAX_FRAME, Message, Request, VERSION, port, read_frame,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::socket::{MsgFlags, recv, send};
 use std::os::fd::AsRawFd;
 
 use crate::clock::{self, Clock};
@@ -278,6 +278,28 @@ impl Line {
         let mut replies = self.replies();
         replies.as_mut().ok_or(CallError::Lost)?.insert(number, Box::new(then));
         (&self.socket).write_all(&frame).map_err(|_| CallError::Lost)
+    }
+
+    /// Sends a call that can as well be left out, by the thread that reads: only if that needs no waiting, for the guest or
+    /// for others who send.
+    pub(crate) fn send_now(
+        &self,
+        request: Request,
+        then: impl FnOnce(Result<Answer, AgentError>) + Send + 'static,
+    ) {
+        let Ok(mut replies) = self.replies.try_lock() else { return };
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let (Ok(frame), Some(waiting)) = (krx_proto::encode(&Call { number, request }), replies.as_mut())
+        else {
+            return;
+        };
+        waiting.insert(number, Box::new(then));
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        match send(self.socket.as_raw_fd(), &frame, flags) {
+            // A part of a frame has to be followed by the rest.
+            Ok(sent) => drop((&self.socket).write_all(&frame[sent..])),
+            Err(_) => drop(waiting.remove(&number)),
+        }
     }
 }
 

@@ -391,12 +391,17 @@ def outcome(rule):
 
 def call(name, arguments):
     """What becomes of a process that makes a call: its errno, 0, or the signal that ended it."""
+    ours, its = os.pipe()
     child = os.fork()
     if child == 0:
         failed = LIBC.syscall(CALLS[name], *map(ctypes.c_ulong, arguments)) < 0
-        os._exit(ctypes.get_errno() if failed else 0)
-    status = os.waitpid(child, 0)[1]
-    return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        os.write(its, str(ctypes.get_errno() if failed else 0).encode())
+        os._exit(0)
+    os.close(its)
+    with open(ours) as pipe:
+        said = pipe.read()
+    ended = os.waitpid(child, 0)[1]
+    return signal.Signals(os.WTERMSIG(ended)).name if os.WIFSIGNALED(ended) else int(said)
 
 
 def check_hooks(config):

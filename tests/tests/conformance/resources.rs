@@ -20,7 +20,7 @@ fn limits_that_few_ask_for_are_as_the_bundle_says() {
 fn a_disk_of_the_host_is_one_of_the_container() {
     let Some(place) = Place::new() else { return };
     let path = "/dev/of-the-bundle";
-    let file = place.scratch.write("disk", path);
+    let file = place.scratch.write("image", path);
     std::fs::OpenOptions::new().write(true).open(&file).and_then(|file| file.set_len(1 << 20)).expect("size");
     let disk = LoopDevice::over(&file);
     let (major, minor) = disk.numbers();

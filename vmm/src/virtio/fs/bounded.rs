@@ -221,7 +221,8 @@ impl FileSystem for Bounded {
         let mut counted = |directory: DirEntry<'_>, entry: Entry| {
             let node = entry.inode;
             self.admit(context, node).inspect_err(|error| refused = error.raw_os_error())?;
-            let added = add(directory, entry)?;
+            // Nothing is forgotten by the library where the answer cannot be written at all.
+            let added = add(directory, entry).inspect_err(|_| self.files.forget(context, node, 1))?;
             if added > 0 {
                 self.known.told(node);
                 told = true;
