@@ -61,6 +61,26 @@ macro_rules! forward {
     };
 }
 
+/// What makes a file, of which the guest is told.
+macro_rules! make {
+    ($($name:ident($($argument:ident: $kind:ty),*);)*) => {
+        $(fn $name(&self, $($argument: $kind),*) -> io::Result<Entry> {
+            self.known.room()?;
+            self.files.$name($($argument),*).map(|entry| self.told(entry))
+        })*
+    };
+}
+
+macro_rules! close {
+    ($($name:ident($($argument:ident: $kind:ty),*);)*) => {
+        $(fn $name(&self, $($argument: $kind),*) -> io::Result<()> {
+            self.files.$name($($argument),*)?;
+            self.known.closed();
+            Ok(())
+        })*
+    };
+}
+
 impl FileSystem for Bounded {
     type Inode = Inode;
     type Handle = Handle;
@@ -75,41 +95,6 @@ impl FileSystem for Bounded {
                 Ok(self.told(entry))
             }
         }
-    }
-
-    fn symlink(&self, context: &Context, target: &CStr, parent: Inode, name: &CStr) -> io::Result<Entry> {
-        self.known.room()?;
-        self.files.symlink(context, target, parent, name).map(|entry| self.told(entry))
-    }
-
-    fn mknod(
-        &self,
-        context: &Context,
-        parent: Inode,
-        name: &CStr,
-        mode: u32,
-        device: u32,
-        umask: u32,
-    ) -> io::Result<Entry> {
-        self.known.room()?;
-        self.files.mknod(context, parent, name, mode, device, umask).map(|entry| self.told(entry))
-    }
-
-    fn mkdir(
-        &self,
-        context: &Context,
-        parent: Inode,
-        name: &CStr,
-        mode: u32,
-        umask: u32,
-    ) -> io::Result<Entry> {
-        self.known.room()?;
-        self.files.mkdir(context, parent, name, mode, umask).map(|entry| self.told(entry))
-    }
-
-    fn link(&self, context: &Context, inode: Inode, parent: Inode, name: &CStr) -> io::Result<Entry> {
-        self.known.room()?;
-        self.files.link(context, inode, parent, name).map(|entry| self.told(entry))
     }
 
     fn create(
@@ -174,27 +159,6 @@ impl FileSystem for Bounded {
         Ok(opened)
     }
 
-    fn release(
-        &self,
-        context: &Context,
-        inode: Inode,
-        flags: u32,
-        handle: Handle,
-        flush: bool,
-        unlock: bool,
-        owner: Option<u64>,
-    ) -> io::Result<()> {
-        self.files.release(context, inode, flags, handle, flush, unlock, owner)?;
-        self.known.closed();
-        Ok(())
-    }
-
-    fn releasedir(&self, context: &Context, inode: Inode, flags: u32, handle: Handle) -> io::Result<()> {
-        self.files.releasedir(context, inode, flags, handle)?;
-        self.known.closed();
-        Ok(())
-    }
-
     fn readdir(
         &self,
         context: &Context,
@@ -232,6 +196,18 @@ impl FileSystem for Bounded {
         self.files.readdirplus(context, inode, handle, size.min(MAX_LISTING), offset, &mut counted)?;
         // The library takes `.` and `..`, which it does not tell, for entries told: no error would mean the end of the directory.
         refused.filter(|_| !told).map_or(Ok(()), |error| Err(io::Error::from_raw_os_error(error)))
+    }
+
+    make! {
+        symlink(c: &Context, target: &CStr, parent: Inode, name: &CStr);
+        mknod(c: &Context, parent: Inode, name: &CStr, mode: u32, device: u32, umask: u32);
+        mkdir(c: &Context, parent: Inode, name: &CStr, mode: u32, umask: u32);
+        link(c: &Context, inode: Inode, parent: Inode, name: &CStr);
+    }
+
+    close! {
+        release(c: &Context, inode: Inode, flags: u32, handle: Handle, flush: bool, unlock: bool, owner: Option<u64>);
+        releasedir(c: &Context, inode: Inode, flags: u32, handle: Handle);
     }
 
     // All else the library has; what it has not keeps the trait's answer, ENOSYS.
