@@ -27,7 +27,7 @@ const BUDGETS: [(&str, f64); 7] = [
     ("krx-vmm, 128 MiB: exec to first guest instruction", 8.85),
     ("krx-vmm, 128 MiB: exec to PID 1", 25.5),
     ("krx-vmm, 128 MiB: VM exits to PID 1", 420.0),
-    ("krx-vmm, 128 MiB: system calls to agent ready", 395.0),
+    ("krx-vmm, 128 MiB: system calls to agent ready", 355.0),
     ("krx-vmm, 128 MiB: guest memory resident", 18.9),
     ("krx-vmm, 128 MiB: memory beyond the guest's", 4.0),
     ("krx-vmm, 2 GiB: exec to agent ready", 29.0),
