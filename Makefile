@@ -46,7 +46,7 @@ test: build rootfs containerd ## All tests: unit, VM and end to end
 e2e: build rootfs containerd ## VM and end-to-end tests alone; TESTS=name filters
 	@scripts/test --e2e $(TESTS)
 
-soak: build rootfs containerd ## Failures under containerd, and programs, at length (two hours); KRX_SEED= repeats a run
+soak: build rootfs containerd ## Failures under containerd, and programs, at length (some hours where KVM is emulated); KRX_SEED= repeats a run
 	@scripts/test --soak
 
 lint: setup ## Formatting, clippy, licences and advisories (where cargo-deny is installed)

@@ -235,8 +235,9 @@ impl AgentClient {
         socket.set_nonblocking(false).map_err(|_| CallError::Lost)?;
         // A guest that takes no calls must not hold up who makes them.
         socket.set_write_timeout(Some(limit)).map_err(|_| CallError::Lost)?;
-        let every = clock.is_some().then_some(clock::EVERY);
-        socket.set_read_timeout(every).map_err(|_| CallError::Lost)?;
+        if clock.is_some() {
+            socket.set_read_timeout(Some(clock::EVERY)).map_err(|_| CallError::Lost)?;
+        }
         let line =
             Arc::new(Line { socket, next: AtomicU32::new(1), replies: Mutex::new(Some(HashMap::new())) });
         let reader = Reader { line: line.clone(), clock };

@@ -132,8 +132,7 @@ fn volume_paths_cannot_be_made_through_links_of_the_image() {
 
 /// Makes, finds and reads more files than the VMM may have descriptors for; then has as many open as it may, and more.
 const MANY_FILES: &str = r#"
-import errno, os, sys
-made = 0
+import errno, os
 for directory in range(12):
     os.mkdir(f"/data/{directory}")
     for number in range(100):

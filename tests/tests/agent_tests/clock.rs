@@ -22,6 +22,9 @@ fn ahead(guest: &Guest<'_>, adjust_ns: i64) -> i64 {
     }
 }
 
+/// Prints what of a difference the kernel has still to make up for, in microseconds (adjtimex, `ADJ_OFFSET_SS_READ`).
+const LEFT: &str = "python3 -c 'import ctypes; t = (ctypes.c_long * 26)(0xa001); ctypes.CDLL(None).adjtimex(t); print(t[1])'";
+
 #[test]
 fn a_clock_is_moved_and_its_owner_corrects_it() {
     let Some(place) = Place::new() else { return };
@@ -30,11 +33,14 @@ fn a_clock_is_moved_and_its_owner_corrects_it() {
     assert_eq!(kind(guest.call(Request::Clock { adjust_ns: i64::MIN })), ErrorKind::Invalid);
 
     // Less than half a second comes little by little: the clock jumps neither forward nor back.
-    for adjust in [450, -450] {
+    for (id, adjust) in [("forward", 450), ("back", -450)] {
         let (before, asked) = (ahead(&guest, 0) + here(), Instant::now());
         let after = ahead(&guest, adjust * MS) + here();
         let passed = i64::try_from(asked.elapsed().as_nanos()).expect("short");
         assert!((before..before + passed + 400 * MS).contains(&after), "{before} {after} {passed}");
+        let (left, _) = guest.run(id, LEFT, |_| ());
+        let left: i64 = left.trim().parse().expect("microseconds");
+        assert!(left * adjust > 0 && left.abs() <= adjust.abs() * 1000, "{left} of {adjust} ms");
     }
 
     assert!((ahead(&guest, -HOUR) + HOUR).abs() < 5000 * MS);
